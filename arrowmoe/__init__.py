@@ -1,0 +1,145 @@
+"""arrowmoe: a federated registry for LoRA adapters, and a daemon that grows new ones.
+
+Everything a user needs is importable from here. Names resolve on first use (PEP 562), so `import arrowmoe` costs
+milliseconds and imports no torch, no pyarrow and no SQLAlchemy. For the same reason our own code reaches heavy parts
+from light paths (the command line, a node that only serves) as attributes of this package.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module, metadata
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arrowmoe import inference, operations, views
+    from arrowmoe.ask import Answer, ask
+    from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
+    from arrowmoe.engine import ArrowEngine
+    from arrowmoe.errors import EngineError
+    from arrowmoe.features import Features, TextFeaturizer
+    from arrowmoe.generation import Chunk, Generation
+    from arrowmoe.lora.layer import LoRALinear
+    from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
+    from arrowmoe.node import Node
+    from arrowmoe.routing import Candidate, Decision, Gates, LoRARouter
+    from arrowmoe.settings import Settings
+    from federation.client import LoRAFlightClient
+    from federation.discovery import Discovery, browse
+    from federation.errors import FederationError, PeerError, TransportError
+    from federation.peer import Peer
+    from federation.server import LoRAFlightServer
+    from federation.sync import SyncReport, sync
+    from registry.card import LoRACard
+    from registry.entries import CardEntry, Origin
+    from registry.errors import ArrowMoEError, CardError, RegistryError
+    from registry.format import LoRAFormat
+    from registry.identity import Identity
+    from registry.store import Registry
+
+__all__ = [
+    "BUILTINS",
+    "Answer",
+    "ArrowEngine",
+    "ArrowMoEError",
+    "BaseModel",
+    "Candidate",
+    "CardEntry",
+    "CardError",
+    "Chunk",
+    "Decision",
+    "Discovery",
+    "EngineError",
+    "Features",
+    "FederationError",
+    "Gates",
+    "Generation",
+    "Identity",
+    "LoRACard",
+    "LoRAFlightClient",
+    "LoRAFlightServer",
+    "LoRAFormat",
+    "LoRALinear",
+    "LoRAManager",
+    "LoRARouter",
+    "LoadedLoRA",
+    "Node",
+    "Origin",
+    "Peer",
+    "PeerError",
+    "Registry",
+    "RegistryError",
+    "Settings",
+    "SyncReport",
+    "TextFeaturizer",
+    "TransportError",
+    "__version__",
+    "ask",
+    "browse",
+    "load_base_model",
+    "sync",
+]
+
+_NAMES_OF_MODULE = {
+    "arrowmoe.ask": ("Answer", "ask"),
+    "arrowmoe.base_model": ("BUILTINS", "BaseModel", "load_base_model"),
+    "arrowmoe.engine": ("ArrowEngine",),
+    "arrowmoe.errors": ("EngineError",),
+    "arrowmoe.features": ("Features", "TextFeaturizer"),
+    "arrowmoe.generation": ("Chunk", "Generation"),
+    "arrowmoe.lora.layer": ("LoRALinear",),
+    "arrowmoe.lora.manager": ("LoRAManager", "LoadedLoRA"),
+    "arrowmoe.node": ("Node",),
+    "arrowmoe.routing": ("Candidate", "Decision", "Gates", "LoRARouter"),
+    "arrowmoe.settings": ("Settings",),
+    "federation.client": ("LoRAFlightClient",),
+    "federation.discovery": ("Discovery", "browse"),
+    "federation.errors": ("FederationError", "PeerError", "TransportError"),
+    "federation.peer": ("Peer",),
+    "federation.server": ("LoRAFlightServer",),
+    "federation.sync": ("SyncReport", "sync"),
+    "registry.card": ("LoRACard",),
+    "registry.entries": ("CardEntry", "Origin"),
+    "registry.errors": ("ArrowMoEError", "CardError", "RegistryError"),
+    "registry.format": ("LoRAFormat",),
+    "registry.identity": ("Identity",),
+    "registry.store": ("Registry",),
+}
+_LAZY_MODULES = frozenset({"inference", "operations", "views"})
+_MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _LAZY_MODULES:
+        value = import_module(f"arrowmoe.{name}")
+    elif name in _MODULE_OF_NAME:
+        value = getattr(import_module(_MODULE_OF_NAME[name]), name)
+    else:
+        raise AttributeError(f"module 'arrowmoe' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    try:
+        return metadata.version("arrowmoe")
+    except metadata.PackageNotFoundError:
+        return "0+source"  # run from a checkout that was never installed
+
+
+class _Package(ModuleType):
+    """Keeps public names what they are: importing submodule `arrowmoe.ask` would put the module over the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in _MODULE_OF_NAME):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

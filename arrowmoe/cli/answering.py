@@ -1,0 +1,58 @@
+"""Who answers `route`, `ask` and `encode`: the running node of this home if it has models, else this very process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import arrowmoe
+from arrowmoe import control
+from arrowmoe.cli.app import App
+
+DEFAULT_BASE = "builtin:smollm2"
+
+
+def answered(app: App, method: str, params: Mapping[str, Any], *, bases: Sequence[str], route: bool) -> Any:
+    """The JSON answer to `method`. `bases` are loaded if no node answers, and the embedder if `route`."""
+    record = app.node()
+    if record is not None and _has_models(record):
+        return control.call(record, method, params)
+    if record is not None:
+        app.out.note("the running node has loaded no base model, so this command loads one itself")
+    return _answered_here(app, method, params, bases=bases, route=route)
+
+
+def adapter_of(values: Sequence[str]) -> Any:
+    """What `--adapter` means: auto, none (the bare base model), a card, or a mixture NAME=WEIGHT … of several."""
+    if not values or list(values) == ["auto"]:
+        return "auto"
+    if list(values) == ["none"]:
+        return None
+    pairs = [value.rpartition("=") if "=" in value else (value, "=", "1") for value in values]
+    try:
+        return {name: float(weight) for name, _, weight in pairs}
+    except ValueError as error:
+        raise control.NodeError(f"expected --adapter NAME=WEIGHT with a number, got {list(values)}") from error
+
+
+def made_by(answer: Mapping[str, Any]) -> str:
+    """Which cards made an answer, with which weights, or that none did and why."""
+    if not answer["adapters"]:
+        return f"no card ({answer['why']}): the bare base model answered"
+    cards = ", ".join(f"{name} {weight:.2f}" for name, weight in answer["adapters"].items())
+    return f"{cards} ({answer['why']})"
+
+
+def _has_models(record: control.NodeRecord) -> bool:
+    return bool(control.call(record, "status", timeout_s=30.0)["models"])
+
+
+def _answered_here(app: App, method: str, params: Mapping[str, Any], *, bases: Sequence[str], route: bool) -> Any:
+    with app.registry() as registry, app.out.progress("loading") as advance:
+        inference = arrowmoe.inference.Inference(registry, app.settings, bases=bases, route=route)
+        inference.load(on_model=lambda model: advance(f"loading {model}", 0, 0))
+        advance("thinking", 0, 0)
+        return arrowmoe.operations.inference_handlers(inference)[method](params, lambda done: None)
+
+
+__all__ = ["DEFAULT_BASE", "adapter_of", "answered", "made_by"]

@@ -1,0 +1,45 @@
+"""Encoding: from texts to vectors, by pooling a base model's last hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arrowmoe.base_model import BaseModel, Pooling
+from arrowmoe.features import Vectors
+
+
+@torch.inference_mode()
+def encode_batch(base: BaseModel, texts: Sequence[str]) -> Vectors:
+    """Texts → (n, d) float32, as one batch padded on the right; longer texts are cut at the model's own limit."""
+    batch = base.tokenizer(
+        list(texts),
+        padding=True,
+        padding_side="right",
+        truncation=True,
+        max_length=_max_tokens(base),
+        return_tensors="pt",
+    ).to(base.device)
+    backbone = base.model.base_model
+    states = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    vectors: Vectors = pool(states.float(), batch["attention_mask"], base.pooling).cpu().numpy()
+    return vectors
+
+
+def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """States (n, tokens, d) under mask (n, tokens), padded on the right → (n, d)."""
+    if pooling.mode == "mean":
+        weights = mask.unsqueeze(-1).to(states.dtype)
+        vectors = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+    elif pooling.mode == "cls":
+        vectors = states[:, 0]
+    else:
+        vectors = states[torch.arange(len(states)), mask.sum(dim=1) - 1]
+    return torch.nn.functional.normalize(vectors, dim=-1) if pooling.normalise else vectors
+
+
+def _max_tokens(base: BaseModel) -> int:
+    limit = int(base.model.config.get_text_config().max_position_embeddings)
+    return min(limit, base.pooling.max_tokens or limit)

@@ -1,0 +1,203 @@
+"""Base models, and one router over the cards that are here and those that peers offer: what answers a request.
+
+A node loads its models in the background, a command in the foreground; both ask here. Nothing heavy is imported until
+a model is loaded: torch is reached through the lazy names of `arrowmoe`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+import arrowmoe
+from arrowmoe.errors import EngineError
+from arrowmoe.settings import Settings
+from federation.wire import InventoryEntry
+from registry.card import LoRACard
+from registry.digest import Digest
+from registry.store import Registry
+
+if TYPE_CHECKING:
+    from arrowmoe.ask import Answer
+    from arrowmoe.base_model import Kind
+    from arrowmoe.engine import Adapter, ArrowEngine
+    from arrowmoe.features import Vectors
+    from arrowmoe.routing import Gates, LoRARouter
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A card that peer `source` (an address) offers."""
+
+    entry: InventoryEntry
+    source: str
+
+
+Offers = Mapping[Digest, Offer]
+Fetch = Callable[[str], LoRACard]
+
+
+class Inference:
+    """Answers with `bases`; the router works in the space of the settings' embedder. Calls may come from any thread."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        settings: Settings,
+        *,
+        bases: Sequence[str],
+        route: bool = True,
+        fetch: Fetch | None = None,
+    ) -> None:
+        self._registry, self._settings, self._fetch = registry, settings, fetch
+        self.bases = tuple(dict.fromkeys(bases))
+        models = [*self.bases, settings.embedder] if route else self.bases
+        self._engines: dict[str, Future[ArrowEngine]] = {model: Future() for model in dict.fromkeys(models)}
+        self._router: Future[LoRARouter] = Future()
+        self._routes = route
+        if not route:
+            self._router.set_exception(EngineError("no router is loaded", hint="load a base model with --base MODEL"))
+        self._lock = threading.Lock()
+        self._indexed: tuple[set[Digest], set[Digest]] | None = None
+        self.offers: Offers = {}
+
+    def load(self, on_model: Callable[[str], None] | None = None) -> None:
+        """Load every model, the embedder last; an error is kept for whoever asks for that model, and logged."""
+        for model, future in self._engines.items():
+            if on_model is not None:
+                on_model(model)
+            future.set_running_or_notify_cancel()
+            try:
+                future.set_result(self._load_engine(model))
+            except Exception as error:
+                log.exception("base_model_failed", model=model)  # not lost: asking for the model raises it again
+                future.set_exception(error)
+        if self._routes:
+            self._make_router()
+
+    def engine(self, base: str | None = None, *, kind: Kind = "causal") -> ArrowEngine:
+        """The engine of `base` (as it was asked for, or its logical name), else the first of `kind`; waits for it."""
+        names, errors = [], []
+        for model, future in self._engines.items():
+            if base in self._engines and base != model:
+                continue
+            if (error := future.exception()) is not None:
+                errors.append(error)
+                continue
+            engine = future.result()
+            if base in (model, engine.name) or (base is None and engine.base.kind == kind):
+                return engine
+            names.append(engine.name)
+        if errors:
+            raise errors[0]
+        wanted = f"base model {base}" if base else f"base model of kind {kind!r}"
+        raise EngineError(
+            f"no {wanted} is loaded; loaded are: {', '.join(names) or 'none'}",
+            hint="load one with --base MODEL, for example --base builtin:smollm2",
+        )
+
+    def ask(self, prompt: str, *, base: str | None = None, adapter: Adapter = "auto", **sampling: Any) -> Answer:
+        """Answer `prompt`; see `arrowmoe.ask`."""
+        engine = self.engine(base)
+        router = self._current_router() if adapter == "auto" else None
+        self._forget_removed(engine)
+        return arrowmoe.ask(prompt, engine=engine, router=router, adapter=adapter, fetch=self._fetch, **sampling)
+
+    def route(self, text: str, *, base: str | None = None) -> Gates:
+        """Gates for `text`, over the cards made for base model `base` (None: any)."""
+        router = self._current_router()
+        return router.route_texts([text], base=None if base is None else logical_name(base))
+
+    def encode(self, texts: Sequence[str], *, base: str | None = None, adapter: Adapter = None) -> Vectors:
+        """Texts → (n, d) float32. A routed `adapter` chooses among the cards made for this encoder."""
+        engine = self.engine(base, kind="encoder")
+        self._forget_removed(engine)
+        if adapter == "auto":
+            adapter = self._current_router().route_texts(texts, base=engine.name)
+        return engine.encode_with_lora(texts, adapter=adapter)
+
+    def refresh(self) -> None:
+        """Bring the router's index in line with the catalog and with `offers`, if there is a router yet."""
+        if self._router.done() and self._router.exception() is None:
+            self._current_router()
+
+    def models(self) -> list[dict[str, Any]]:
+        """Each model, its state (waiting, loading, ready, error), and the adapters it holds."""
+        return [self._model_state(model, future) for model, future in self._engines.items()]
+
+    def _model_state(self, model: str, future: Future[ArrowEngine]) -> dict[str, Any]:
+        error = future.exception() if future.done() else None
+        engine = future.result() if future.done() and error is None else None
+        waiting = "loading" if future.running() else "waiting"
+        return {
+            "model": model,
+            "role": "base" if model in self.bases else "embedder",
+            "state": "error" if error else "ready" if engine else waiting,
+            "error": str(error) if error else None,
+            "name": engine.name if engine else None,
+            "kind": engine.base.kind if engine else None,
+            "adapters": [loaded.name for loaded in engine.list_loras()] if engine else [],
+        }
+
+    def _load_engine(self, model: str) -> ArrowEngine:
+        settings = self._settings
+        base = arrowmoe.load_base_model(model, device=settings.device, dtype=settings.dtype, cache=settings.cache_dir)
+        return arrowmoe.ArrowEngine(base, registry=self._registry)
+
+    def _make_router(self) -> None:
+        chosen = self._settings.router
+        embedder = self._engines[self._settings.embedder]
+        if (error := embedder.exception()) is not None:
+            self._router.set_exception(error)
+            return
+        featurizer = arrowmoe.TextFeaturizer(embedder.result())
+        router = arrowmoe.LoRARouter(
+            featurizer, threshold=chosen.threshold, top_k=chosen.top_k, temperature=chosen.temperature
+        )
+        self._router.set_result(router)
+        self.refresh()
+
+    def _current_router(self) -> LoRARouter:
+        """The router, its index up to date."""
+        router = self._router.result()
+        with self._lock:
+            here, offers = self._registry.digests(), dict(self.offers)
+            if self._indexed != (here, set(offers)):
+                self._index(router, here, offers)
+                self._indexed = (here, set(offers))
+        return router
+
+    def _index(self, router: LoRARouter, here: set[Digest], offers: Offers) -> None:
+        for digest in router.digests() - here - offers.keys():
+            router.unregister(digest)
+        for entry in self._registry.list():
+            if entry.digest not in router or router.is_virtual(entry.digest):
+                router.register_card(entry)
+        for digest, offer in offers.items():
+            if digest not in here:
+                router.register_virtual_candidate(offer.entry, offer.source)
+        log.info("router_indexed", cards=len(here), virtual=len(offers.keys() - here))
+
+    def _forget_removed(self, engine: ArrowEngine) -> None:
+        """Unload adapters whose card was removed from the registry."""
+        here = self._registry.digests()
+        for loaded in engine.list_loras():
+            if loaded.digest not in here:
+                engine.remove_lora(loaded.digest)
+
+
+def logical_name(model: str) -> str:
+    """The name that cards know base model `model` by, without loading it."""
+    builtin = arrowmoe.BUILTINS.get(model)
+    return builtin.name if builtin is not None else Path(model).name if Path(model).exists() else model
+
+
+__all__ = ["Inference", "Offer", "Offers", "logical_name"]

@@ -1,0 +1,286 @@
+"""The node: the composition root, where registry, federation and engines meet, and whose lifetimes one stack owns.
+
+Without base models a node only serves and syncs, and never imports torch. With some, it loads them in the background
+and answers as well. One thread watches the peers: what they offer and is not here becomes a virtual candidate.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import structlog
+
+from arrowmoe.control import ControlServer, NodeError, NodeRecord, home_lock, make_home, now
+from arrowmoe.inference import Inference, Offer
+from arrowmoe.operations import node_handlers
+from arrowmoe.settings import Settings
+from federation.client import LoRAFlightClient
+from federation.discovery import Discovery
+from federation.errors import DiscoveryError, FederationError
+from federation.peer import Peer
+from federation.server import LoRAFlightServer
+from federation.sync import PeerReport, SyncMemory, SyncProgress, SyncReport, sync
+from registry.card import LoRACard
+from registry.digest import Digest
+from registry.entries import Origin
+from registry.errors import ArrowMoEError
+from registry.store import Registry
+
+if TYPE_CHECKING:
+    from arrowmoe.ask import Answer
+    from arrowmoe.engine import Adapter
+    from arrowmoe.features import Vectors
+    from arrowmoe.routing import Gates
+
+PROBE_TIMEOUT_S = 3.0
+END_TIMEOUT_S = 10.0
+log = structlog.get_logger(__name__)
+
+
+class Node:
+    """A node of the swarm, between `start` and `close`. Raises `HomeHeldError` if another one has the home."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._stack = ExitStack()
+        self._stopping = threading.Event()
+        self._record: NodeRecord | None = None
+        self._registry: Registry | None = None
+        self._inference: Inference | None = None
+        self._discovery: Discovery | None = None
+        self._discovery_state = "starting" if settings.discovery else "off"
+        self._memory: SyncMemory = {}
+        self._looking = threading.Lock()
+        self._started_s = 0.0
+
+    def start(self) -> NodeRecord:
+        """Hold the home, serve its cards, answer commands; models and peers follow in the background."""
+        make_home(self.settings.home)
+        with ExitStack() as stack:
+            stack.enter_context(home_lock(self.settings.home))
+            self._record = self._open(stack)
+            self._started_s = time.monotonic()
+            self._record.write(self.settings.home)
+            self._stack = stack.pop_all()
+        log.info("node_started", name=self.record.name, node_id=self.record.node_id, address=self.record.address)
+        return self._record
+
+    def close(self) -> None:
+        """Say goodbye, close every server, and let go of the home."""
+        self.stop()
+        self._stack.close()
+        log.info("node_ended", name=self.settings.name)
+
+    def stop(self) -> None:
+        """Ask the node to end; `wait` returns."""
+        self._stopping.set()
+
+    def wait(self) -> None:
+        """Until `stop` is called."""
+        self._stopping.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def record(self) -> NodeRecord:
+        """Who and where this node is."""
+        if self._record is None:
+            raise NodeError("the node is not started", hint="call start(), or use it as a context manager")
+        return self._record
+
+    @property
+    def registry(self) -> Registry:
+        """The cards of the home."""
+        if self._registry is None:
+            raise NodeError("the node is not started", hint="call start(), or use it as a context manager")
+        return self._registry
+
+    @property
+    def inference(self) -> Inference:
+        """What answers requests."""
+        if self._inference is None:
+            raise NodeError("the node is not started", hint="call start(), or use it as a context manager")
+        return self._inference
+
+    def status(self) -> dict[str, Any]:
+        """What the node is doing, as JSON."""
+        record = self.record
+        return {
+            "running": True,
+            "name": record.name,
+            "node_id": record.node_id,
+            "address": record.address,
+            "home": str(self.settings.home),
+            "pid": record.pid,
+            "started": record.started,
+            "uptime_s": round(time.monotonic() - self._started_s, 1),
+            "cards": len(self.registry.digests()),
+            "offers": len(self.inference.offers),
+            "discovery": self._discovery_state,
+            "models": self.inference.models(),
+        }
+
+    def peers(self) -> tuple[PeerReport, ...]:
+        """Every known peer, asked just now what it offers; one that does not answer has an `error`."""
+        return self._look().peers
+
+    def known_peers(self) -> list[Peer]:
+        """Static peers and discovered ones, each address once."""
+        static = [Peer.at(address) for address in self.settings.peers]
+        found = self._discovery.peers() if self._discovery is not None else []
+        return list({peer.address: peer for peer in (*static, *found)}.values())
+
+    def sync(
+        self,
+        peers: Sequence[str] | None = None,
+        *,
+        dry_run: bool = False,
+        on_progress: Callable[[SyncProgress], None] | None = None,
+    ) -> SyncReport:
+        """Copy what `peers` (addresses; None: all known) offer and is not here."""
+        chosen = self.known_peers() if peers is None else [Peer.at(address) for address in peers]
+        report = sync(self.registry, chosen, dry_run=dry_run, on_progress=on_progress, memory=self._memory)
+        self.inference.refresh()
+        return report
+
+    def route(self, text: str, *, base: str | None = None) -> Gates:
+        """Which cards fit `text`."""
+        return self.inference.route(text, base=base)
+
+    def ask(self, prompt: str, adapter: Adapter = "auto", *, base: str | None = None, **sampling: Any) -> Answer:
+        """Answer `prompt`, with the card that fits it unless `adapter` says which."""
+        return self.inference.ask(prompt, adapter=adapter, base=base, **sampling)
+
+    def encode(self, texts: Sequence[str], adapter: Adapter = None, *, base: str | None = None) -> Vectors:
+        """Texts → (n, d) float32."""
+        return self.inference.encode(texts, adapter=adapter, base=base)
+
+    def _open(self, stack: ExitStack) -> NodeRecord:
+        settings = self.settings
+        self._registry = registry = stack.enter_context(Registry.open(settings.home))
+        node_id = registry.identity.id
+        server = LoRAFlightServer(
+            registry,
+            node_id=node_id,
+            name=settings.name,
+            host=settings.host,
+            port=settings.flight_port,
+            open=settings.open,
+        )
+        stack.enter_context(server)
+        routes = bool(settings.bases)
+        self._inference = Inference(registry, settings, bases=settings.bases, route=routes, fetch=self._fetch)
+        control = stack.enter_context(ControlServer(node_handlers(self)))
+        if routes:
+            stack.enter_context(_background("load", self._inference.load))
+        stack.enter_context(_background("watch", lambda: self._watch(server)))
+        stack.callback(self.stop)
+        return NodeRecord(
+            pid=os.getpid(),
+            port=control.port,
+            token=control.token,
+            address=server.address,
+            node_id=node_id,
+            name=settings.name,
+            started=now(),
+        )
+
+    def _watch(self, server: LoRAFlightServer) -> None:
+        """Look at the peers at once and then at the interval, until the node ends."""
+        with self._discovering(server):
+            work: Callable[[], object] = self.sync if self.settings.sync_on_start else self._look
+            while not self._stopping.is_set():
+                try:
+                    work()
+                except ArrowMoEError as error:  # a locked catalog, a damaged file: the next round may do better
+                    log.warning("peers_not_watched", error=str(error), kind=type(error).__name__)
+                work = self._look
+                self._stopping.wait(self.settings.peer_interval_s)
+
+    @contextmanager
+    def _discovering(self, server: LoRAFlightServer) -> Iterator[None]:
+        """Announce the node; where that is impossible, its status says so, and static peers still work."""
+        if not self.settings.discovery:
+            yield
+            return
+        discovery = Discovery(
+            node_id=self.registry.identity.id, name=self.settings.name, port=server.port, host=self.settings.host
+        )
+        try:
+            discovery.start()
+        except DiscoveryError as error:
+            self._discovery_state = f"failed: {error}"
+            log.warning("discovery_failed", error=str(error), hint=error.hint)
+            yield
+            return
+        with discovery:
+            self._discovery, self._discovery_state = discovery, "on"
+            yield
+            self._discovery = None
+
+    def _look(self) -> SyncReport:
+        """Ask every known peer what it offers; what is not here becomes a virtual candidate."""
+        with self._looking:
+            report = sync(
+                self.registry, self.known_peers(), dry_run=True, memory=self._memory, timeout_s=PROBE_TIMEOUT_S
+            )
+            self.inference.offers = {
+                entry.digest: Offer(entry=entry, source=peer.peer.address)
+                for peer in report.peers
+                for entry in peer.missing
+            }
+        self.inference.refresh()
+        return report
+
+    def _fetch(self, digest: str) -> LoRACard:
+        """Bring a virtual candidate's card: fetched, verified, admitted."""
+        offer = self.inference.offers.get(Digest(digest))
+        if offer is None:
+            raise FederationError(f"no peer offers card {digest} any more", hint="ask again: it is not routed to now")
+        with LoRAFlightClient(offer.source) as client:
+            peer = replace(Peer.at(offer.source), node_id=client.health().node_id)
+            card = client.fetch_skill(Digest(digest))
+        self.registry.admit(card, origin=Origin(peer_id=peer.node_id, address=peer.address))
+        log.info("virtual_candidate_fetched", card=card.name, digest=digest, peer=peer.address)
+        return card
+
+
+def serve(settings: Settings, on_ready: Callable[[Node], None]) -> None:
+    """Run a node until SIGTERM, SIGINT or `node stop`; to be called from the main thread."""
+    node = Node(settings)
+    before = {number: signal.signal(number, lambda *_: node.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with node:
+            on_ready(node)
+            node.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _background(name: str, work: Callable[[], None]) -> Iterator[None]:
+    """A thread that is waited for at the end; the signal to end must have been given by then."""
+    thread = threading.Thread(target=work, name=f"arrowmoe-{name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(END_TIMEOUT_S)
+        if thread.is_alive():
+            log.warning("thread_abandoned", thread=thread.name)
+
+
+__all__ = ["Node", "serve"]

@@ -1,0 +1,79 @@
+"""What can be asked of a node, as method → (params, progress) → JSON.
+
+The control channel answers with these, and a command that finds no node running answers itself with the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from arrowmoe import views
+from arrowmoe.control import Handler, Progress
+from arrowmoe.inference import Inference
+from federation.sync import SyncReport
+
+if TYPE_CHECKING:
+    from arrowmoe.node import Node
+
+Params = Mapping[str, Any]
+
+
+def node_handlers(node: Node) -> Mapping[str, Handler]:
+    """Everything that a running node answers."""
+
+    def stop(params: Params, progress: Progress) -> Any:
+        node.stop()
+        return {"stopping": True, "pid": os.getpid()}
+
+    return {
+        "status": lambda params, progress: node.status(),
+        "stop": stop,
+        "peers": lambda params, progress: [views.peer_seen(report) for report in node.peers()],
+        "sync": sync_handler(node.sync),
+        "route": _late("route", node),
+        "ask": _late("ask", node),
+        "encode": _late("encode", node),
+    }
+
+
+def sync_handler(run: Callable[..., SyncReport]) -> Handler:
+    """A sync with params `peers` (addresses; None: all known) and `dry_run`."""
+
+    def handle(params: Params, progress: Progress) -> Any:
+        dry_run = bool(params.get("dry_run"))
+        report = run(params.get("peers"), dry_run=dry_run, on_progress=lambda done: progress(views.progress(done)))
+        return views.sync_report(report, dry_run=dry_run)
+
+    return handle
+
+
+def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
+    """`route`, `ask` and `encode`."""
+
+    def route(params: Params, progress: Progress) -> Any:
+        base = params.get("base")
+        return views.routed(params["text"], inference.route(params["text"], base=base), base=base)
+
+    def ask(params: Params, progress: Progress) -> Any:
+        engine = inference.engine(params.get("base"))
+        return views.answer(inference.ask(**params), base=engine.name)
+
+    def encode(params: Params, progress: Progress) -> Any:
+        engine = inference.engine(params.get("base"), kind="encoder")
+        vectors = inference.encode(**params)
+        return [
+            {"text": text, "base": engine.name, "vector": [float(value) for value in vector]}
+            for text, vector in zip(params["texts"], vectors, strict=True)
+        ]
+
+    return {"route": route, "ask": ask, "encode": encode}
+
+
+def _late(method: str, node: Node) -> Handler:
+    """The handler on the node's inference, which is there once the node is started."""
+    return lambda params, progress: inference_handlers(node.inference)[method](params, progress)
+
+
+__all__ = ["inference_handlers", "node_handlers", "sync_handler"]

@@ -1,0 +1,160 @@
+"""What the command line and the control channel say, as JSON: one stable shape per thing. Pure; no torch, no I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from federation.peer import Peer
+from federation.sync import PeerReport, SyncProgress, SyncReport
+from federation.wire import InventoryEntry
+from registry.entries import CardEntry, VerifyReport
+
+if TYPE_CHECKING:
+    from arrowmoe.ask import Answer
+    from arrowmoe.routing.gates import Candidate, Decision, Gates
+
+Json = dict[str, Any]
+
+
+def card(entry: CardEntry) -> Json:
+    """A card of the catalog."""
+    origin = entry.origin
+    return _described(entry) | {
+        "labels": list(entry.labels),
+        "tags": list(entry.tags),
+        "created": entry.created.isoformat(),
+        "added_at": entry.added_at.isoformat(),
+        "origin": None if origin is None else {"peer_id": origin.peer_id, "address": origin.address},
+    }
+
+
+def offer(entry: InventoryEntry) -> Json:
+    """A card that a peer offers."""
+    return _described(entry)
+
+
+def _described(entry: CardEntry | InventoryEntry) -> Json:
+    return {
+        "digest": entry.digest,
+        "name": entry.name,
+        "version": entry.version,
+        "base_name": entry.base_name,
+        "architecture": entry.architecture,
+        "fingerprint": entry.fingerprint,
+        "rank": entry.rank,
+        "nbytes": entry.nbytes,
+        "description": entry.description,
+        "domains": list(entry.domains),
+        "examples": list(entry.examples),
+        "publisher": entry.publisher,
+    }
+
+
+def verified(report: VerifyReport) -> Json:
+    """What reading every byte of a card found."""
+    entry = report.entry
+    return {
+        "digest": report.digest,
+        "name": None if entry is None else entry.name,
+        "version": None if entry is None else entry.version,
+        "ok": report.ok,
+        "reason": report.reason,
+        "hint": report.hint,
+    }
+
+
+def peer(peer: Peer) -> Json:
+    """Where a peer is and what it calls itself."""
+    return {"node_id": peer.node_id, "name": peer.name, "address": peer.address, "source": peer.source}
+
+
+def peer_seen(report: PeerReport) -> Json:
+    """A peer that was just asked what it offers; `lacking` is how much of that is not here."""
+    return peer(report.peer) | {
+        "alive": report.error is None,
+        "error": report.error,
+        "cards": report.offered,
+        "lacking": len(report.missing),
+    }
+
+
+def progress(done: SyncProgress) -> Json:
+    """How far a sync is."""
+    return {
+        "peer": str(done.peer),
+        "card": done.card,
+        "bytes_done": done.bytes_done,
+        "bytes_total": done.bytes_total,
+        "cards_done": done.cards_done,
+        "cards_total": done.cards_total,
+    }
+
+
+def sync_report(report: SyncReport, *, dry_run: bool) -> Json:
+    """What a sync found and moved."""
+    return {
+        "ok": report.ok,
+        "dry_run": dry_run,
+        "fetched": len(report.fetched),
+        "bytes_moved": report.bytes_moved,
+        "peers": [_peer_report(one) for one in report.peers],
+    }
+
+
+def _peer_report(report: PeerReport) -> Json:
+    return peer(report.peer) | {
+        "error": report.error,
+        "offered": report.offered,
+        "missing": [offer(entry) for entry in report.missing],
+        "fetched": [card(entry) for entry in report.fetched],
+        "failed": [{"digest": digest, "reason": reason} for digest, reason in report.failed],
+        "bytes_moved": report.bytes_moved,
+        "tensors_verified": report.tensors_verified,
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def routed(text: str, gates: Gates, *, base: str | None) -> Json:
+    """How one prompt was routed; `base` is the base model that cards had to fit, None for any."""
+    return {"text": text, "base": base, "adapters": gates.attribution(0)} | _decision(gates)
+
+
+def answer(answer: Answer, *, base: str) -> Json:
+    """An answer and what made it: `adapters` name → weight, empty for the bare base model, which `why` explains."""
+    made = answer.generation
+    return {
+        "text": answer.text,
+        "base": base,
+        "adapters": {name: float(weight) for name, weight in answer.adapters.items()},
+        "fetched": list(answer.fetched),
+        "prompt_tokens": made.prompt_tokens,
+        "new_tokens": len(made.tokens),
+        "logprob_nats": float(made.logprob_nats),
+        "finish_reason": str(made.finish_reason),
+    } | _decision(answer.gates)
+
+
+def _decision(gates: Gates) -> Json:
+    """The decision of row 0; gates that were given by hand have none."""
+    decision: Decision | None = gates.decisions[0] if gates.decisions else None
+    if decision is None:
+        why = "chosen by hand" if gates.adapters else "no card was asked for"
+        return {"mode": "manual", "abstained": False, "threshold": None, "why": why, "candidates": []}
+    return {
+        "mode": decision.mode,
+        "abstained": decision.abstained,
+        "threshold": decision.threshold,
+        "why": decision.why,
+        "candidates": [_candidate(one) for one in decision.candidates],
+    }
+
+
+def _candidate(candidate: Candidate) -> Json:
+    return {
+        "digest": candidate.digest,
+        "name": candidate.name,
+        "score": round(candidate.score, 4),
+        "nearest": candidate.nearest,
+        "virtual": candidate.virtual,
+        "source": candidate.source,
+    }

@@ -1,0 +1,166 @@
+"""What adapters cost a forward pass: SmolLM2-135M, fp32, 32 rows, against the bare base and PEFT's `adapter_names`.
+
+    python -m benchmarks.engine [--rounds 7]
+
+Arms take turns within one process; a figure is the median of ratios within a round. PEFT holds the same 32 adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
+
+from arrowmoe.lora.manager import LoRAManager
+from arrowmoe.routing.gates import Gates
+from benchmarks.adapters import smollm2, write_adapters
+from benchmarks.harness import Arm, Target, Times, interleave, report
+from registry.card import LoRACard
+
+ROWS = 32
+PREFILL_TOKENS = 32
+CONTEXT_TOKENS = 32
+COUNTS = (1, 4, 16, 32)
+
+Gating = Callable[[], AbstractContextManager[None]]
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
+        run(Path(directory), rounds)
+
+
+def run(directory: Path, rounds: int) -> None:
+    """All arms over one set of 32 adapters."""
+    base = smollm2()
+    paths = write_adapters(base, directory, max(COUNTS))
+    ours, manager, cards = with_cards(base.model, paths)
+    peft = with_peft(base.model, paths)
+    vocabulary = base.model.config.vocab_size
+    prompt = torch.randint(10, vocabulary, (ROWS, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
+    check_equal(ours, peft, manager, cards, prompt)
+    decode = interleave(arms(decode_step, base.model, ours, peft, manager, cards, prompt), rounds=rounds)
+    prefill = interleave(arms(forward, base.model, ours, peft, manager, cards, prompt), rounds=max(3, rounds // 2))
+    report("engine", "PEFT adapter_names and the bare base model", targets(decode, prefill), figures(decode, prefill))
+
+
+def with_cards(model: PreTrainedModel, paths: Sequence[Path]) -> tuple[PreTrainedModel, LoRAManager, list[LoRACard]]:
+    """A copy of the base with every adapter loaded from a card."""
+    wrapped = copy.deepcopy(model)
+    manager = LoRAManager(wrapped)
+    cards = [LoRACard.from_peft(path) for path in paths]
+    for card in cards:
+        manager.apply_card(card)
+    return wrapped, manager, cards
+
+
+def with_peft(model: PreTrainedModel, paths: Sequence[Path]) -> PeftModel:
+    """A copy of the base with every adapter loaded by PEFT."""
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(model), str(paths[0]), adapter_name="a0")
+    for index, path in enumerate(paths[1:], start=1):
+        wrapped.load_adapter(str(path), adapter_name=f"a{index}")
+    return wrapped.eval()
+
+
+def check_equal(
+    ours: PreTrainedModel, peft: PeftModel, manager: LoRAManager, cards: Sequence[LoRACard], prompt: torch.Tensor
+) -> None:
+    """Both arms compute the same thing, or timing them would mean nothing."""
+    rows = slice(0, 4)
+    with manager.gated(gates(cards, 4, rows=4)):
+        found = ours(prompt[rows]).logits
+    expected = peft(prompt[rows], adapter_names=names(4, rows=4)).logits
+    error = float((found - expected).norm() / expected.norm())
+    if error > 1e-5:
+        raise SystemExit(f"expected equal logits, got a relative error of {error:.2e}")
+
+
+def arms(
+    step: Callable[..., Arm],
+    base: PreTrainedModel,
+    ours: PreTrainedModel,
+    peft: PeftModel,
+    manager: LoRAManager,
+    cards: Sequence[LoRACard],
+    prompt: torch.Tensor,
+) -> dict[str, Arm]:
+    """The bare base; ours and PEFT with 1 to 32 distinct adapters in the batch."""
+    found: dict[str, Arm] = {"base": step(base, prompt, nullcontext, {})}
+    for count in COUNTS:
+        chosen = gates(cards, count)
+        found[f"ours_{count}"] = step(ours, prompt, lambda chosen=chosen: manager.gated(chosen), {})
+        if count in (1, 32):
+            found[f"peft_{count}"] = step(peft, prompt, nullcontext, {"adapter_names": names(count)})
+    return found
+
+
+def decode_step(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, options: dict[str, object]) -> Arm:
+    """One token for each row, after a context that is already in the cache."""
+    cache = DynamicCache(config=model.config)
+    with gating():
+        model(prompt[:, :CONTEXT_TOKENS], past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+
+    def step() -> None:
+        with gating():
+            model(prompt[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+        cache.crop(-1)
+
+    return step
+
+
+def forward(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, options: dict[str, object]) -> Arm:
+    """A whole prompt of 32 × 32 tokens."""
+
+    def step() -> None:
+        with gating():
+            model(prompt, use_cache=False, logits_to_keep=1, **options)
+
+    return step
+
+
+def gates(cards: Sequence[LoRACard], count: int, rows: int = ROWS) -> Gates:
+    """Row i uses adapter i modulo `count`."""
+    return Gates.of([{cards[row % count].digest: 1.0} for row in range(rows)], {card.digest: card.name for card in cards})
+
+
+def names(count: int, rows: int = ROWS) -> list[str]:
+    """The same choice in PEFT's words."""
+    return [f"a{row % count}" for row in range(rows)]
+
+
+def targets(decode: Times, prefill: Times) -> list[Target]:
+    """The specification's bar (10 % overhead), and PEFT as the peer."""
+    return [
+        Target(name="decode, 1 adapter / base", value=decode.ratio("ours_1", "base"), op="<=", bar=1.10),
+        Target(name="prefill, 1 adapter / base", value=prefill.ratio("ours_1", "base"), op="<=", bar=1.10),
+        Target(name="decode, 32 adapters / base", value=decode.ratio("ours_32", "base"), op="<=", bar=1.41),
+        Target(name="decode, 32 adapters: PEFT / ours", value=decode.ratio("peft_32", "ours_32"), op=">=", bar=2.0),
+        Target(name="prefill, 32 adapters: PEFT / ours", value=prefill.ratio("peft_32", "ours_32"), op=">=", bar=1.0),
+    ]
+
+
+def figures(decode: Times, prefill: Times) -> dict[str, dict[str, float]]:
+    """Milliseconds (median) and ratio to the base of every arm."""
+    return {
+        f"{kind}_{unit}": {arm: value(arm) for arm in times.seconds}
+        for kind, times in (("decode", decode), ("prefill", prefill))
+        for unit, value in (
+            ("ms", lambda arm, times=times: round(1000 * times.median(arm), 1)),
+            ("ratio_to_base", lambda arm, times=times: round(times.ratio(arm, "base"), 3)),
+        )
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Every limit that a node sets to what its peers can make it do, with its unit.
+
+A node's memory under a hostile peer stays under `MAX_MESSAGE_BYTES` for each call in progress, plus the tensor bytes
+of the one card being fetched, which are checked against `MAX_CARD_BYTES` before the first of them is read.
+"""
+
+from __future__ import annotations
+
+CALL_TIMEOUT_S = 10.0
+"""A call that moves no tensors: health, one inventory."""
+
+SLOWEST_BYTES_PER_S = 256 * 1024
+"""A transfer's deadline is the call's, plus its promised bytes at this rate."""
+
+MAX_MESSAGE_BYTES = 16 << 20
+"""One Flight message as it is received. A card with a larger tensor is fetched again with room for just that tensor."""
+
+MESSAGE_OVERHEAD_BYTES = 1 << 20
+"""Room in a message for what stands around a tensor's bytes."""
+
+ROW_OVERHEAD_BYTES = 4096
+"""What a row may take beside its tensor's bytes: name, role, dtype, shape, offsets, padding."""
+
+MAX_TENSOR_BYTES = (2 << 30) - (16 << 20)
+"""One tensor over Flight: a gRPC message ends at 2 GiB."""
+
+MAX_CARD_BYTES = 8 << 30
+"""Sum of one card's tensors."""
+
+MAX_METADATA_BYTES = 1 << 20
+"""A card's schema metadata in sum: manifest, signature, format."""
+
+MAX_NAME_CHARS = 64
+"""A node's name."""
+
+MAX_HEALTH_BYTES = 4096
+"""The answer to `health`."""
+
+MAX_ENTRY_BYTES = 64 * 1024
+"""One inventory entry as JSON; a server drops examples, then shortens the description, until an entry fits."""
+
+MAX_PAGE_BYTES = 1 << 20
+"""One page of an inventory as JSON."""
+
+MAX_PAGE_ENTRIES = 256
+"""Entries in one page of an inventory."""
+
+MAX_INVENTORY_ENTRIES = 100_000
+"""Entries that a client reads of one peer."""
+
+MAX_INVENTORY_BYTES = 64 << 20
+"""Bytes of JSON that a client reads of one peer's inventory."""
+
+MAX_LISTING_BYTES = 64 << 20
+"""Manifests in one answer to Flight's own `list_flights`, which cannot be streamed."""
+
+MAX_STREAMS = 16
+"""Transfers and listings that a server has open at once; the next one is told to come back."""
+
+CLOSE_GRACE_S = 0.5
+"""How long a closing server lets open streams end by themselves before it cuts their connections."""

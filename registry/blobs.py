@@ -1,0 +1,106 @@
+"""Where the cards' bytes lie: by digest, immutable, written only by this node.
+
+What is in such a store was parsed, verified and written anew here; nothing is ever copied in. The store knows no
+names and no rows (`registry.catalog`), and does not say when a card may go (`registry.store`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from registry.card import LoRACard
+from registry.digest import Digest, hex_of, is_digest
+from registry.errors import CardError, CardIntegrityError, MissingFileError, UnknownCardError
+from registry.files import DRAFT_SUFFIX
+from registry.format import SUFFIX, LoRAFormat
+
+_log = structlog.get_logger(__name__)
+
+
+class BlobStore(Protocol):
+    """Cards by digest. Of one digest, only one `put`, `delete` or `clean` runs at a time: the caller sees to that."""
+
+    def put(self, card: LoRACard) -> None:
+        """Store `card`, durably when this returns; nothing to do if it is there and whole. Raises `OSError`."""
+
+    def load(self, digest: Digest, *, verify: bool = False, memory_map: bool = True) -> LoRACard:
+        """The card. Raises `MissingFileError`, or `CardError` for a damaged file."""
+
+    def path_of(self, digest: Digest) -> Path:
+        """A file on this machine that holds the card, if it is stored at all. Raises `UnknownCardError`."""
+
+    def delete(self, digest: Digest) -> bool:
+        """Remove the card; whether it was there. A reader that has it mapped keeps it."""
+
+    def clean(self, digest: Digest) -> None:
+        """Remove what an interrupted `put` of this digest left behind, except for a whole card."""
+
+    def digests(self) -> set[Digest]:
+        """All cards that are stored."""
+
+
+class FileBlobStore:
+    """Cards as files ``ab/<64 hex digits>.lora.arrow`` under a root; the path follows from the digest alone."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, card: LoRACard) -> None:
+        """Write the card, unless a whole one is there; a damaged file is replaced."""
+        path = self.path_of(card.digest)
+        if path.exists() and self._is_whole(card.digest):
+            return
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        LoRAFormat.save(card, path)
+
+    def load(self, digest: Digest, *, verify: bool = False, memory_map: bool = True) -> LoRACard:
+        """Read the card; its tensors are views of the mapped file."""
+        path = self.path_of(digest)
+        if not path.exists():
+            raise MissingFileError(
+                f"the file of card {digest} is not there: {path}",
+                hint="import the card again, or remove it and sync it from a peer",
+            )
+        card = LoRAFormat.load(path, verify=verify, memory_map=memory_map)
+        if card.digest != digest:
+            raise CardIntegrityError(
+                f"expected card {digest} in {path}, got {card.digest}, so the file was exchanged",
+                hint="remove the card, then import or sync it again",
+            )
+        return card
+
+    def path_of(self, digest: Digest) -> Path:
+        """The card's place, whether or not it is there."""
+        if not is_digest(digest):
+            raise UnknownCardError(f"expected a digest 'blake3:' and 64 hex digits, got {digest[:80]!r}")
+        name = hex_of(digest)
+        return self._root / name[:2] / f"{name}{SUFFIX}"
+
+    def delete(self, digest: Digest) -> bool:
+        """Unlink the file."""
+        try:
+            self.path_of(digest).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def clean(self, digest: Digest) -> None:
+        """Unlink the drafts in the card's folder."""
+        for draft in self.path_of(digest).parent.glob(f".*{DRAFT_SUFFIX}"):
+            draft.unlink(missing_ok=True)
+
+    def digests(self) -> set[Digest]:
+        """All files whose names are digests."""
+        names = (path.name.removesuffix(SUFFIX) for path in self._root.glob(f"??/*{SUFFIX}"))
+        return {digest for name in names if is_digest(digest := Digest(f"blake3:{name}"))}
+
+    def _is_whole(self, digest: Digest) -> bool:
+        try:
+            self.load(digest, verify=True, memory_map=False)
+        except CardError as error:
+            _log.warning("damaged_card_replaced", digest=digest, reason=str(error))
+            return False
+        return True

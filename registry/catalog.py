@@ -1,0 +1,314 @@
+"""The catalog: which cards there are, what they go by and where they came from. Rows only, never a file.
+
+Everything a `CardEntry` shows stands in columns, so that listing ten thousand cards opens none. What a name means is
+decided in `registry.labels`; sorting is done here, not in SQL, because databases collate differently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from difflib import get_close_matches
+
+from sqlalchemy import ColumnElement, Select, case, delete, exists, func, or_, select
+from sqlalchemy.orm import Session
+
+from registry.card import LoRACard
+from registry.database import Database
+from registry.digest import Digest, is_digest
+from registry.entries import CardEntry, Origin
+from registry.errors import AmbiguousCardError, LabelTakenError, UnknownCardError
+from registry.labels import Label, newest, newest_first, next_version, version_key
+from registry.tables import CardRow, LabelRow, OriginRow, PublisherRow, TagRow
+
+_DIGEST_PREFIX = re.compile(r"(?:blake3:)?([0-9a-f]{8,64})", re.IGNORECASE)
+_MAX_WORDS = 32
+
+Entries = list[CardEntry]  # within the class `list` is its method
+_LISTED = (
+    CardRow.digest,
+    CardRow.name,
+    CardRow.version,
+    CardRow.base_name,
+    CardRow.architecture,
+    CardRow.fingerprint,
+    CardRow.rank,
+    CardRow.nbytes,
+    CardRow.description,
+    CardRow.domains,
+    CardRow.examples,
+    CardRow.publisher,
+    CardRow.created,
+    CardRow.added_at,
+)
+
+
+class Catalog:
+    """The rows of one database. Each method is one transaction."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(
+        self, card: LoRACard, *, tags: Iterable[str] = (), origin: Origin | None = None, exclusive: bool = False
+    ) -> CardEntry:
+        """Enter a card with the label of its manifest; of a card that is known, only new tags are added.
+
+        Raises `LabelTakenError` if another card has the label and it is to be `exclusive`.
+        """
+        with self._database.writing() as session:
+            if session.get(CardRow, card.digest) is None:
+                if exclusive:
+                    _check_label_free(session, card)
+                _insert(session, card, origin)
+            _add_tags(session, card.digest, tags)
+            return _entry(session, card.digest)
+
+    def check_label_free(self, card: LoRACard) -> None:
+        """Raise `LabelTakenError` if another card has the label of this one, which is not known itself."""
+        with self._database.reading() as session:
+            if session.get(CardRow, card.digest) is None:
+                _check_label_free(session, card)
+
+    def holds(self, digest: Digest) -> bool:
+        """Whether the card is in the catalog."""
+        with self._database.reading() as session:
+            return session.scalar(select(CardRow.digest).where(CardRow.digest == digest)) is not None
+
+    def digests(self) -> set[Digest]:
+        """All cards in the catalog."""
+        with self._database.reading() as session:
+            return set(map(Digest, session.scalars(select(CardRow.digest))))
+
+    def resolve(self, ref: str) -> Digest:
+        """The digest that a name, name@version, digest or prefix of one means.
+
+        Raises `UnknownCardError` or `AmbiguousCardError`.
+        """
+        with self._database.reading() as session:
+            return _resolve(session, ref)
+
+    def entry(self, ref: str) -> CardEntry:
+        """The card behind `ref`. Raises as `resolve` does."""
+        with self._database.reading() as session:
+            return _entry(session, _resolve(session, ref))
+
+    def list(self, *, name: str | None = None, base: str | None = None, tag: str | None = None) -> Entries:
+        """Entries by name, the newest version first. `base` is a base model's name, architecture or fingerprint."""
+        query = select(CardRow.digest)
+        if name is not None:
+            labelled = select(LabelRow.digest).where(LabelRow.name == name)
+            query = query.where(or_(CardRow.name == name, CardRow.digest.in_(labelled)))
+        if base is not None:
+            columns = (CardRow.base_name, CardRow.architecture, CardRow.fingerprint)
+            query = query.where(or_(*(column == base for column in columns)))
+        if tag is not None:
+            query = query.where(CardRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
+        with self._database.reading() as session:
+            return _in_order(_entries(session, query))
+
+    def search(self, text: str) -> Entries:
+        """Entries that hold words of `text` in name, description, domains, examples or tags; most words first."""
+        words = [*dict.fromkeys(text.casefold().split())][:_MAX_WORDS]
+        if not words:
+            return []
+        matches = [_holds_word(word) for word in words]
+        score = sum((case((match, 1), else_=0) for match in matches[1:]), case((matches[0], 1), else_=0))
+        with self._database.reading() as session:
+            rows = session.execute(select(CardRow.digest, score).where(or_(*matches))).all()
+            scores: dict[str, int] = dict(map(tuple, rows))
+            found = _in_order(_entries(session, select(CardRow.digest).where(or_(*matches))))
+        return sorted(found, key=lambda entry: -scores.get(entry.digest, 0))
+
+    def next_version(self, name: str) -> str:
+        """A version of `name` that is free and above all others."""
+        with self._database.reading() as session:
+            return _next_version(session, name)
+
+    def label(self, ref: str, name: str, version: str) -> None:
+        """Make `name@version` mean the card behind `ref`, and no other."""
+        with self._database.writing() as session:
+            digest = _resolve(session, ref)
+            session.execute(delete(LabelRow).where(LabelRow.name == name, LabelRow.version == version))
+            session.add(LabelRow(name=name, version=version, digest=digest))
+
+    def tag(self, ref: str, tags: Iterable[str]) -> None:
+        """Add tags to the card behind `ref`."""
+        with self._database.writing() as session:
+            _add_tags(session, _resolve(session, ref), tags)
+
+    def untag(self, ref: str, tags: Iterable[str]) -> None:
+        """Take tags off the card behind `ref`; one that it does not have is no error."""
+        with self._database.writing() as session:
+            digest = _resolve(session, ref)
+            session.execute(delete(TagRow).where(TagRow.digest == digest, TagRow.tag.in_(tuple(tags))))
+
+    def remove(self, digest: Digest) -> CardEntry:
+        """Take a card out, with its labels, tags and origin. Raises `UnknownCardError`."""
+        with self._database.writing() as session:
+            entry = _entry(session, digest)
+            session.execute(delete(CardRow).where(CardRow.digest == digest))
+            return entry
+
+
+def _insert(session: Session, card: LoRACard, origin: Origin | None) -> None:
+    now = datetime.now(UTC)
+    signature = card.signature
+    if signature is not None and session.get(PublisherRow, signature.publisher) is None:
+        session.add(PublisherRow(fingerprint=signature.publisher, public_key=signature.public_key, first_seen=now))
+        session.flush()
+    session.add(_row_of(card, now))
+    session.flush()  # no relationships are mapped, so the order of inserts is ours to keep
+    session.add(LabelRow(name=card.name, version=card.version, digest=card.digest))
+    if origin is not None:
+        session.add(OriginRow(digest=card.digest, peer_id=origin.peer_id, address=origin.address))
+    session.flush()
+
+
+def _row_of(card: LoRACard, added_at: datetime) -> CardRow:
+    manifest = card.manifest
+    searched = (manifest.name, manifest.description, *manifest.domains, *manifest.examples)
+    return CardRow(
+        digest=card.digest,
+        name=manifest.name,
+        version=manifest.version,
+        base_name=manifest.base.name,
+        architecture=manifest.base.architecture,
+        fingerprint=manifest.base.fingerprint,
+        rank=manifest.adapter.rank,
+        nbytes=card.nbytes,
+        description=manifest.description,
+        domains=list(manifest.domains),
+        examples=list(manifest.examples),
+        search_text="\n".join(searched).casefold(),
+        publisher=manifest.publisher,
+        created=_in_utc(manifest.created),
+        added_at=added_at,
+    )
+
+
+def _in_utc(moment: datetime) -> datetime:
+    """In UTC; a moment that lies beyond the calendar there is moved to its edge."""
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        return (datetime.min if moment.year == 1 else datetime.max).replace(tzinfo=UTC)
+
+
+def _check_label_free(session: Session, card: LoRACard) -> None:
+    taken = select(LabelRow.digest).where(LabelRow.name == card.name, LabelRow.version == card.version)
+    other = session.scalars(taken).first()
+    if other is not None:
+        raise LabelTakenError(
+            f"{card.name}@{card.version} already means {other}, so {card.digest} cannot be published under it",
+            hint=f"publish it as version {_next_version(session, card.name)}",
+        )
+
+
+def _next_version(session: Session, name: str) -> str:
+    return next_version(session.scalars(select(LabelRow.version).where(LabelRow.name == name)))
+
+
+def _add_tags(session: Session, digest: Digest, tags: Iterable[str]) -> None:
+    known = set(session.scalars(select(TagRow.tag).where(TagRow.digest == digest)))
+    session.add_all(TagRow(digest=digest, tag=tag) for tag in sorted(set(tags) - known))
+    session.flush()
+
+
+def _resolve(session: Session, ref: str) -> Digest:
+    name, _, version = ref.partition("@")
+    query = select(LabelRow).where(LabelRow.name == name)
+    best = newest(_labels(session, query.where(LabelRow.version == version) if "@" in ref else query))
+    if best is not None:
+        return best.digest
+    return _by_prefix(session, ref)
+
+
+def _labels(session: Session, which: Select[LabelRow]) -> Iterable[Label]:
+    columns = (LabelRow.name, LabelRow.version, LabelRow.digest, CardRow.created)
+    query = which.join(CardRow, CardRow.digest == LabelRow.digest).with_only_columns(*columns)
+    for name, version, digest, created in session.execute(query):
+        yield Label(name=name, version=version, digest=Digest(digest), created=created)
+
+
+def _by_prefix(session: Session, ref: str) -> Digest:
+    prefix = _DIGEST_PREFIX.fullmatch(ref)
+    if prefix is None:
+        raise _unknown(session, ref)
+    start = f"blake3:{prefix[1].lower()}"
+    which = CardRow.digest == start if is_digest(start) else CardRow.digest.startswith(start)
+    found = sorted(session.scalars(select(CardRow.digest).where(which).limit(3)))
+    if not found:
+        raise _unknown(session, ref)
+    if len(found) > 1:
+        raise AmbiguousCardError(
+            f"{ref} is the start of several digests: {', '.join(found)}", hint="give more digits, or the name"
+        )
+    return Digest(found[0])
+
+
+def _unknown(session: Session, ref: str) -> UnknownCardError:
+    names = sorted(set(session.scalars(select(LabelRow.name))))
+    close = get_close_matches(ref.partition("@")[0], names, n=3)
+    if close == [ref.partition("@")[0]]:
+        versions = session.scalars(select(LabelRow.version).where(LabelRow.name == close[0]))
+        close = [f"{close[0]}@{version}" for version in sorted(set(versions), key=version_key, reverse=True)[:3]]
+    hint = (
+        f"did you mean {' or '.join(close)}?" if close else "give a name, name@version, or 8 or more digits of a digest"
+    )
+    return UnknownCardError(f"no card is known as {ref[:200]!r}", hint=hint)
+
+
+def _entry(session: Session, digest: str) -> CardEntry:
+    found = _entries(session, select(CardRow.digest).where(CardRow.digest == digest))
+    if not found:
+        raise UnknownCardError(f"no card is known as {digest!r}", hint="another process may have removed it")
+    return found[0]
+
+
+def _entries(session: Session, which: Select[str]) -> list[CardEntry]:
+    """The entries of the digests that `which` selects: one query for each table, none for each card."""
+    tags, labels = _tags_of(session, which), _labels_of(session, which)
+    query = select(*_LISTED, OriginRow.peer_id, OriginRow.address)
+    query = query.outerjoin(OriginRow, OriginRow.digest == CardRow.digest).where(CardRow.digest.in_(which))
+    entries = []
+    for *columns, peer_id, address in session.execute(query):
+        fields = dict(zip(_FIELDS, columns, strict=True))
+        fields["domains"], fields["examples"] = tuple(fields["domains"]), tuple(fields["examples"])
+        digest = fields["digest"]
+        origin = None if peer_id is None else Origin(peer_id=peer_id, address=address)
+        entries.append(CardEntry(**fields, tags=tags.get(digest, ()), labels=labels.get(digest, ()), origin=origin))
+    return entries
+
+
+_FIELDS = tuple(column.key for column in _LISTED)
+
+
+def _tags_of(session: Session, which: Select[str]) -> dict[str, tuple[str, ...]]:
+    tags: dict[str, list[str]] = defaultdict(list)
+    for digest, tag in session.execute(select(TagRow.digest, TagRow.tag).where(TagRow.digest.in_(which))):
+        tags[digest].append(tag)
+    return {digest: tuple(sorted(own)) for digest, own in tags.items()}
+
+
+def _labels_of(session: Session, which: Select[str]) -> dict[str, tuple[str, ...]]:
+    labels: dict[str, list[Label]] = defaultdict(list)
+    for label in _labels(session, select(LabelRow).where(LabelRow.digest.in_(which))):
+        labels[label.digest].append(label)
+    return {
+        digest: tuple(map(str, sorted(newest_first(own), key=lambda label: label.name)))
+        for digest, own in labels.items()
+    }
+
+
+def _in_order(entries: Iterable[CardEntry]) -> list[CardEntry]:
+    """By name; within a name the newest version first."""
+    newest = sorted(entries, key=lambda entry: (version_key(entry.version), entry.created, entry.digest), reverse=True)
+    return sorted(newest, key=lambda entry: entry.name)
+
+
+def _holds_word(word: str) -> ColumnElement[bool]:
+    tagged = exists().where(TagRow.digest == CardRow.digest, func.lower(TagRow.tag).contains(word, autoescape=True))
+    return or_(CardRow.search_text.contains(word, autoescape=True), tagged)

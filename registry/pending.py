@@ -1,0 +1,87 @@
+"""Work on cards that is under way, or was when its process died.
+
+A file per folder of the blob store: locked while a process works there, and listing the digests it works on. The
+kernel drops the lock with its process, so a file that nobody has locked tells what was interrupted. Opening a
+registry is then cheap: nearly always there is no such file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from registry.digest import Digest, hex_of, is_digest
+
+_SUFFIX = ".pending"
+
+
+class Pending:
+    """Locks and notes in a directory of their own; for the processes and threads of one machine."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @contextmanager
+    def working_on(self, digest: Digest) -> Iterator[None]:
+        """Keep others off the digest's folder; if the block does not end well, `interrupted` will name the digest."""
+        with self._locked(self._path_of(digest)) as file:
+            assert file is not None
+            before = file.read()
+            file.write(f"{digest}\n")
+            file.flush()
+            yield
+            if before:
+                file.truncate(len(before))
+            else:
+                Path(file.name).unlink()
+
+    @contextmanager
+    def looking_at(self, digest: Digest) -> Iterator[None]:
+        """Keep others off the digest's folder, without a note of it."""
+        with self._locked(self._path_of(digest)) as file:
+            assert file is not None
+            before = file.read()
+            yield
+            if not before:
+                Path(file.name).unlink()
+
+    def interrupted(self) -> Iterator[Digest]:
+        """The digests of work that its process did not finish; each is done with once the next one is asked for."""
+        for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
+            with self._locked(path, wait=False) as file:
+                if file is None:
+                    continue
+                for line in file.read().splitlines():
+                    if is_digest(line):
+                        yield Digest(line)
+                path.unlink()
+
+    def _path_of(self, digest: Digest) -> Path:
+        return self._directory / f"{hex_of(digest)[:2]}{_SUFFIX}"
+
+    @contextmanager
+    def _locked(self, path: Path, *, wait: bool = True) -> Iterator[IO[str] | None]:
+        """The file, locked and read from its start; None if `wait` is not wanted and another has it."""
+        while True:
+            with path.open("a+", encoding="ascii") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield None
+                    return
+                if _is_still(file, path):
+                    file.seek(0)
+                    yield file
+                    return
+
+
+def _is_still(file: IO[str], path: Path) -> bool:
+    """Whether the file that is locked is the one at `path`: its last owner may have unlinked it meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

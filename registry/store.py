@@ -1,0 +1,263 @@
+"""A node's registry: its home directory, with its identity, its cards and the catalog of them.
+
+Rules that make a kill at any moment harmless: a card's file is durable before its row is written, and its row is gone
+before its file is removed; whatever was under way is noted (`registry.pending`) and undone at the next start. A card
+is published when its row is committed; a file that no note mentions is reported by `verify`, never removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import structlog
+from pydantic import TypeAdapter, ValidationError
+
+from registry.blobs import BlobStore, FileBlobStore
+from registry.card import LoRACard
+from registry.catalog import Catalog
+from registry.database import Database, sqlite_url
+from registry.digest import Digest
+from registry.entries import CardEntry, Origin, VerifyReport
+from registry.errors import CardError, HomeError, MissingFileError, RegistryError, UnknownCardError
+from registry.format import LoRAFormat
+from registry.identity import Identity
+from registry.manifest import CardName, CardVersion
+from registry.pending import Pending
+
+__all__ = ["CardEntry", "Origin", "Registry", "VerifyReport"]
+
+_CARDS, _TMP, _CATALOG = "cards", "tmp", "catalog.sqlite"
+_NAME: TypeAdapter[str] = TypeAdapter(CardName)
+_VERSION: TypeAdapter[str] = TypeAdapter(CardVersion)
+
+_log = structlog.get_logger(__name__)
+
+Entries = list[CardEntry]  # within the class `list` is its method
+Reports = list[VerifyReport]
+
+
+class Registry:
+    """Cards of one node. Several processes may use one home at once, and several threads one registry."""
+
+    def __init__(self, home: Path, identity: Identity, blobs: BlobStore, database: Database) -> None:
+        self.home = home
+        self.identity = identity
+        self._blobs = blobs
+        self._database = database
+        self._catalog = Catalog(database)
+        self._pending = Pending(home / _TMP)
+        self._heal()
+
+    @classmethod
+    def open(cls, home: Path | str, *, catalog_url: str | None = None) -> Registry:
+        """Open a home, made if there is none (mode 0700); `catalog_url` names a database other than its SQLite file.
+
+        Raises `HomeError`, and `RegistryError` where the database fails.
+        """
+        home = Path(home).expanduser().absolute()
+        with _home_errors(home), ExitStack() as undo:
+            _make_home(home)
+            identity = Identity.open(home)
+            database = Database(catalog_url or sqlite_url(home / _CATALOG))
+            undo.callback(database.close)
+            registry = cls(home, identity, FileBlobStore(home / _CARDS), database)
+            undo.pop_all()
+            return registry
+
+    def publish(self, card: LoRACard, *, tags: Iterable[str] = ()) -> CardEntry:
+        """Store a card of this node under its name and version; an unsigned one is signed first.
+
+        The same card again gives the same entry. Raises `LabelTakenError` if the label means another card, and
+        `CardIntegrityError` if the card does not hold what its manifest promises.
+        """
+        tags = _checked_tags(tags)
+        card = card.signed(self.identity) if card.signature is None else card
+        card.verify()
+        self._catalog.check_label_free(card)
+        return self._store(card, tags=tags, exclusive=True)
+
+    def admit(self, card: LoRACard, *, origin: Origin, tags: Iterable[str] = ()) -> CardEntry:
+        """Store a peer's card, whose tensors were verified as they came, byte for byte as it was signed.
+
+        If its label means another card here, both stay. Raises `CardIntegrityError` for a false signature.
+        """
+        card.verify_signature()
+        return self._store(card, tags=_checked_tags(tags), origin=origin)
+
+    def import_file(self, path: Path | str, *, tags: Iterable[str] = ()) -> CardEntry:
+        """Store the card in a foreign `.lora.arrow` file: read in full, verified, and written anew. Not signed anew.
+
+        If its label means another card here, both stay. Raises `CardError`.
+        """
+        card = LoRAFormat.load(path, memory_map=False, verify=True)
+        return self._store(card, tags=_checked_tags(tags))
+
+    def get(self, ref: str, *, verify: bool = False) -> LoRACard:
+        """The card behind a name, name@version, digest, or unique prefix of one (8 hex digits or more), mapped.
+
+        A bare name means its newest version. Raises `UnknownCardError`, `AmbiguousCardError`, `MissingFileError`,
+        or `CardError` for a damaged file; with `verify` every byte is compared with its digest.
+        """
+        return self._blobs.load(self._catalog.resolve(ref), verify=verify)
+
+    def entry(self, ref: str) -> CardEntry:
+        """What the catalog says of the card behind `ref`. Raises `UnknownCardError` or `AmbiguousCardError`."""
+        return self._catalog.entry(ref)
+
+    def next_version(self, name: str) -> str:
+        """A version of `name` that is free and above all others."""
+        return self._catalog.next_version(name)
+
+    def list(self, *, name: str | None = None, base: str | None = None, tag: str | None = None) -> Entries:
+        """Entries by name, newest version first. `base`: a base model's name, architecture or fingerprint."""
+        return self._catalog.list(name=name, base=base, tag=tag)
+
+    def search(self, text: str) -> Entries:
+        """Entries with words of `text` in name, description, domains, examples or tags; most words first."""
+        return self._catalog.search(text)
+
+    def label(self, ref: str, name: str, version: str) -> None:
+        """Make `name@version` mean the card behind `ref`, and no other; here only, for the card stays as it is."""
+        self._catalog.label(ref, _checked(_NAME, name, "name"), _checked(_VERSION, version, "version"))
+
+    def tag(self, ref: str, *tags: str) -> None:
+        """Add tags to the card behind `ref`."""
+        self._catalog.tag(ref, _checked_tags(tags))
+
+    def untag(self, ref: str, *tags: str) -> None:
+        """Take tags off the card behind `ref`."""
+        self._catalog.untag(ref, tags)
+
+    def remove(self, ref: str) -> CardEntry:
+        """Remove the card behind `ref` with all its labels; who has it open keeps it until they let go."""
+        digest = self._catalog.resolve(ref)
+        with self._pending.working_on(digest):
+            entry = self._catalog.remove(digest)
+            self._blobs.delete(digest)
+        _log.info("card_removed", name=entry.name, version=entry.version, digest=digest)
+        return entry
+
+    def verify(self, ref: str | None = None) -> Reports:
+        """Read every byte of one card, or of all, and of files without rows; what is damaged stays as it is."""
+        if ref is not None:
+            digests = {self._catalog.resolve(ref)}
+        else:
+            self._heal()
+            digests = self._catalog.digests() | self._blobs.digests()
+        reports = (self._verify_card(digest) for digest in sorted(digests))
+        return [report for report in reports if report is not None]
+
+    def export(self, ref: str, directory: Path | str) -> Path:
+        """Write the card behind `ref` as a PEFT adapter directory, and return its path."""
+        directory = Path(directory)
+        self.get(ref, verify=True).to_peft(directory)
+        return directory
+
+    def digests(self) -> set[Digest]:
+        """All cards here."""
+        return self._catalog.digests()
+
+    def path_of(self, digest: Digest) -> Path:
+        """The file that holds a card. Raises `UnknownCardError` for a card that is not here."""
+        if not self._catalog.holds(digest):
+            raise UnknownCardError(f"no card is known as {digest[:80]!r}")
+        return self._blobs.path_of(digest)
+
+    def close(self) -> None:
+        """Let go of the catalog; cards that were loaded stay usable."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _store(
+        self, card: LoRACard, *, tags: Iterable[str], origin: Origin | None = None, exclusive: bool = False
+    ) -> CardEntry:
+        """The file first, then the row."""
+        with self._pending.working_on(card.digest):
+            self._blobs.put(card)
+            entry = self._catalog.add(card, tags=tags, origin=origin, exclusive=exclusive)
+        _log.info("card_stored", name=card.name, version=card.version, digest=card.digest)
+        return entry
+
+    def _heal(self) -> None:
+        """Undo what a killed process left half done: drafts, and files whose row was not written yet or is gone."""
+        for digest in self._pending.interrupted():
+            self._blobs.clean(digest)
+            if not self._catalog.holds(digest) and self._blobs.delete(digest):
+                _log.warning("interrupted_work_undone", digest=digest)
+
+    def _verify_card(self, digest: Digest) -> VerifyReport | None:
+        """What is wrong with one card; None if it is gone meanwhile."""
+        with self._pending.looking_at(digest):
+            entry = self._catalog.entry(digest) if self._catalog.holds(digest) else None
+            path = self._blobs.path_of(digest)
+            if entry is None and not path.exists():
+                return None
+            try:
+                card = self._blobs.load(digest, verify=True, memory_map=False)
+            except (CardError, MissingFileError) as error:
+                hint = _ON_DAMAGE if entry else f"no row mentions it: delete {path}"
+                return VerifyReport(digest=digest, entry=entry, reason=str(error), hint=hint)
+        if entry is None:
+            hint = f"import it ({path}) to keep the card, or delete it"
+            return VerifyReport(digest=digest, entry=None, reason="a file without a row in the catalog", hint=hint)
+        if (card.name, card.version, card.nbytes) != (entry.name, entry.version, entry.nbytes):
+            reason = f"the catalog says {entry.name}@{entry.version}, the card {card.name}@{card.version}"
+            return VerifyReport(digest=digest, entry=entry, reason=reason, hint=_ON_DAMAGE)
+        return VerifyReport(digest=digest, entry=entry)
+
+
+_ON_DAMAGE = "import the card again from where it came, or remove it and sync it from a peer"
+
+
+def _make_home(home: Path) -> None:
+    """The directories of a home; those that are there stay as they are."""
+    home.mkdir(mode=0o700, exist_ok=True)
+    for name in (_CARDS, _TMP):
+        (home / name).mkdir(mode=0o700, exist_ok=True)
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(home))
+
+
+@contextmanager
+def _home_errors(home: Path) -> Iterator[None]:
+    """What the file system says while a home is opened, as `HomeError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise HomeError(
+            f"cannot make the home {home}: {home.parent} does not exist", hint=f"mkdir -p {home.parent}"
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise HomeError(
+            f"expected a directory as home, got the file {error.filename}", hint="use another --home"
+        ) from error
+    except OSError as error:
+        raise HomeError(
+            f"cannot use the home {home}: {error.strerror or error}",
+            hint="use a directory that you may write, with --home DIR or ARROWMOE_HOME",
+        ) from error
+
+
+def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    return tuple(_checked(_NAME, tag, "tag") for tag in tags)
+
+
+def _checked(form: TypeAdapter[str], text: str, what: str) -> str:
+    try:
+        return form.validate_python(text)
+    except ValidationError as error:
+        raise RegistryError(
+            f"expected a {what} of letters, digits and . _ - within, got {text[:80]!r}",
+            hint=f"the {what} begins and ends with a letter or a digit, and has no spaces",
+        ) from error

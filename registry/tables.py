@@ -1,0 +1,103 @@
+"""The catalog's tables (SQLAlchemy typed ORM), portable between SQLite and PostgreSQL.
+
+A change here needs a migration in `registry/migrations/versions` and a new `HEAD_REVISION`; a test compares them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import ClassVar
+
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, LargeBinary, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+HEAD_REVISION = "0001"
+"""The schema that this code speaks; known here so that opening an up-to-date catalog need not import Alembic."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime in UTC; SQLite, which keeps no zone, stores it without one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To UTC."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """From UTC, with the zone that SQLite dropped."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """Root of the tables."""
+
+    type_annotation_map: ClassVar[dict[type, TypeEngine[datetime] | type]] = {datetime: UtcDateTime}
+
+
+class PublisherRow(Base):
+    """A key that signed a card, since when it is known here."""
+
+    __tablename__ = "publishers"
+
+    fingerprint: Mapped[str] = mapped_column(String(32), primary_key=True)
+    public_key: Mapped[bytes] = mapped_column(LargeBinary(32))
+    first_seen: Mapped[datetime]
+
+
+class CardRow(Base):
+    """A card: all that a list, a search or an inventory needs, so that none of them opens a file."""
+
+    __tablename__ = "cards"
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    name: Mapped[str] = mapped_column(String(96), index=True)
+    version: Mapped[str] = mapped_column(String(32))
+    base_name: Mapped[str | None] = mapped_column(Text)
+    architecture: Mapped[str | None] = mapped_column(Text)
+    fingerprint: Mapped[str] = mapped_column(String(71))
+    rank: Mapped[int]
+    nbytes: Mapped[int] = mapped_column(BigInteger)
+    description: Mapped[str] = mapped_column(Text)
+    domains: Mapped[list[str]] = mapped_column(JSON)
+    examples: Mapped[list[str]] = mapped_column(JSON)
+    search_text: Mapped[str] = mapped_column(Text)
+    """Name, description, domains and examples, case-folded (a database's own `lower` knows only ASCII)."""
+    publisher: Mapped[str | None] = mapped_column(ForeignKey("publishers.fingerprint"))
+    created: Mapped[datetime]
+    added_at: Mapped[datetime]
+
+
+class LabelRow(Base):
+    """A name and a version that a card goes by. Two nodes may use one label for two cards: both rows are kept."""
+
+    __tablename__ = "labels"
+    __table_args__ = (Index("ix_labels_digest", "digest"),)
+
+    name: Mapped[str] = mapped_column(String(96), primary_key=True)
+    version: Mapped[str] = mapped_column(String(32), primary_key=True)
+    digest: Mapped[str] = mapped_column(ForeignKey("cards.digest", ondelete="CASCADE"), primary_key=True)
+
+
+class TagRow(Base):
+    """A word that this node's owner put on a card."""
+
+    __tablename__ = "tags"
+    __table_args__ = (Index("ix_tags_tag", "tag"),)
+
+    digest: Mapped[str] = mapped_column(ForeignKey("cards.digest", ondelete="CASCADE"), primary_key=True)
+    tag: Mapped[str] = mapped_column(String(96), primary_key=True)
+
+
+class OriginRow(Base):
+    """The peer that a card first came from."""
+
+    __tablename__ = "origins"
+
+    digest: Mapped[str] = mapped_column(ForeignKey("cards.digest", ondelete="CASCADE"), primary_key=True)
+    peer_id: Mapped[str] = mapped_column(Text)
+    address: Mapped[str] = mapped_column(Text)

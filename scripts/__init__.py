@@ -1,0 +1,1 @@
+"""Scripts that make what the repository ships; run from a checkout, never installed."""

@@ -1,0 +1,65 @@
+"""A hostile Flight server: each attribute is a lie that it tells; None means the honest answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from federation import wire
+from registry.card import LoRACard
+from registry.format import card_batches, card_schema
+
+NODE_ID = "0123456789abcdef" * 2
+
+
+class Liar(flight.FlightServerBase):
+    """Serves `card` and lies about it as told."""
+
+    def __init__(self, card: LoRACard) -> None:
+        self.card = card
+        self.info_schema: pa.Schema | None = None
+        self.stream_schema: pa.Schema | None = None
+        self.batches: Callable[[], Iterator[Any]] = lambda: card_batches(card)
+        self.results: dict[str, Callable[[], Iterator[bytes]]] = {
+            wire.ACTION_HEALTH: lambda: iter([wire.encode_health(health())]),
+            wire.ACTION_INVENTORY: lambda: wire.encode_inventory([entry_of(card)]),
+        }
+        self.options: pa.ipc.IpcWriteOptions | None = None
+        super().__init__("grpc+tcp://127.0.0.1:0")
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
+        return flight.FlightInfo(self.info_schema or card_schema(self.card), descriptor, [], 0, 0)
+
+    def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
+        schema = self.stream_schema or card_schema(self.card)
+        return flight.GeneratorStream(schema, self.batches(), self.options)
+
+    def do_action(self, context: Any, action: flight.Action) -> Iterator[bytes]:
+        return self.results[action.type]()
+
+
+def health(**changes: Any) -> wire.Health:
+    fields = {"node_id": NODE_ID, "name": "liar", "protocol": wire.PROTOCOL_VERSION, "cards": 1, "state": "some"}
+    return wire.Health(**(fields | changes))
+
+
+def entry_of(card: LoRACard, **changes: Any) -> wire.InventoryEntry:
+    manifest = card.manifest
+    fields = {
+        "digest": card.digest,
+        "name": card.name,
+        "version": card.version,
+        "base_name": manifest.base.name,
+        "architecture": manifest.base.architecture,
+        "fingerprint": manifest.base.fingerprint,
+        "rank": manifest.adapter.rank,
+        "nbytes": card.nbytes,
+    }
+    return wire.InventoryEntry(**(fields | changes))

@@ -1,0 +1,32 @@
+"""A node's server in a process of its own: prints one JSON line, serves until its standard input ends.
+
+python -m tests.federation.serve HOME [--announce]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import structlog
+
+from federation import Discovery, LoRAFlightServer
+from registry.store import Registry
+
+
+def main(home: str, *options: str) -> None:
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    with ExitStack() as stack:
+        registry = stack.enter_context(Registry.open(Path(home)))
+        node_id = registry.identity.id
+        server = stack.enter_context(LoRAFlightServer(registry, node_id=node_id, name="other"))
+        if "--announce" in options:
+            stack.enter_context(Discovery(node_id=node_id, name="other", port=server.port))
+        print(json.dumps({"port": server.port, "id": node_id}), flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
