@@ -8,12 +8,14 @@ from light paths (the command line, a node that only serves) as attributes of th
 from __future__ import annotations
 
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arrowmoe import inference, operations, views
+    from arrowmoe import inference as inference
+    from arrowmoe import operations as operations
+    from arrowmoe import views as views
     from arrowmoe.ask import Answer, ask
     from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
     from arrowmoe.engine import ArrowEngine
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
     from arrowmoe.generation import Chunk, Generation
     from arrowmoe.lora.layer import LoRALinear
     from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
-    from arrowmoe.node import Node
+    from arrowmoe.node import Node, serve
     from arrowmoe.routing import Candidate, Decision, Gates, LoRARouter
     from arrowmoe.settings import Settings
     from federation.client import LoRAFlightClient
     from federation.discovery import Discovery, browse
     from federation.errors import FederationError, PeerError, TransportError
-    from federation.peer import Peer
+    from federation.peer import Peer, parse_address
     from federation.server import LoRAFlightServer
     from federation.sync import SyncReport, sync
     from registry.card import LoRACard
@@ -78,6 +80,8 @@ __all__ = [
     "ask",
     "browse",
     "load_base_model",
+    "parse_address",
+    "serve",
     "sync",
 ]
 
@@ -90,13 +94,13 @@ _NAMES_OF_MODULE = {
     "arrowmoe.generation": ("Chunk", "Generation"),
     "arrowmoe.lora.layer": ("LoRALinear",),
     "arrowmoe.lora.manager": ("LoRAManager", "LoadedLoRA"),
-    "arrowmoe.node": ("Node",),
+    "arrowmoe.node": ("Node", "serve"),
     "arrowmoe.routing": ("Candidate", "Decision", "Gates", "LoRARouter"),
     "arrowmoe.settings": ("Settings",),
     "federation.client": ("LoRAFlightClient",),
     "federation.discovery": ("Discovery", "browse"),
     "federation.errors": ("FederationError", "PeerError", "TransportError"),
-    "federation.peer": ("Peer",),
+    "federation.peer": ("Peer", "parse_address"),
     "federation.server": ("LoRAFlightServer",),
     "federation.sync": ("SyncReport", "sync"),
     "registry.card": ("LoRACard",),
@@ -128,8 +132,9 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
+    metadata = import_module("importlib.metadata")  # slow to import, and seldom wanted
     try:
-        return metadata.version("arrowmoe")
+        return str(metadata.version("arrowmoe"))
     except metadata.PackageNotFoundError:
         return "0+source"  # run from a checkout that was never installed
 

@@ -21,6 +21,7 @@ from arrowmoe.settings import Settings
 from federation.wire import InventoryEntry
 from registry.card import LoRACard
 from registry.digest import Digest
+from registry.errors import ArrowMoEError
 from registry.store import Registry
 
 if TYPE_CHECKING:
@@ -70,15 +71,17 @@ class Inference:
         self.offers: Offers = {}
 
     def load(self, on_model: Callable[[str], None] | None = None) -> None:
-        """Load every model, the embedder last; an error is kept for whoever asks for that model, and logged."""
+        """Load every model, the embedder last; an error is kept, and raised to whoever asks for that model."""
         for model, future in self._engines.items():
             if on_model is not None:
                 on_model(model)
             future.set_running_or_notify_cancel()
             try:
                 future.set_result(self._load_engine(model))
+            except ArrowMoEError as error:
+                future.set_exception(error)
             except Exception as error:
-                log.exception("base_model_failed", model=model)  # not lost: asking for the model raises it again
+                log.exception("base_model_failed", model=model)
                 future.set_exception(error)
         if self._routes:
             self._make_router()

@@ -184,7 +184,7 @@ class Node:
         self._inference = Inference(registry, settings, bases=settings.bases, route=routes, fetch=self._fetch)
         control = stack.enter_context(ControlServer(node_handlers(self)))
         if routes:
-            stack.enter_context(_background("load", self._inference.load))
+            stack.enter_context(_background("load", self._load))
         stack.enter_context(_background("watch", lambda: self._watch(server)))
         stack.callback(self.stop)
         return NodeRecord(
@@ -196,6 +196,12 @@ class Node:
             name=settings.name,
             started=now(),
         )
+
+    def _load(self) -> None:
+        self.inference.load()
+        for model in self.inference.models():
+            event = log.error if model["error"] else log.info
+            event("model_state", model=model["model"], state=model["state"], error=model["error"])
 
     def _watch(self, server: LoRAFlightServer) -> None:
         """Look at the peers at once and then at the interval, until the node ends."""

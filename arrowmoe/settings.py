@@ -26,7 +26,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from federation.peer import parse_address
+import arrowmoe
 from registry.errors import ArrowMoEError
 
 PREFIX = "ARROWMOE_"
@@ -47,7 +47,7 @@ def _listed(value: Any) -> Any:
 
 def _address(text: str) -> str:
     try:
-        parse_address(text)
+        arrowmoe.parse_address(text)
     except ArrowMoEError as error:
         raise ValueError(str(error)) from error
     return text
@@ -135,7 +135,8 @@ class Settings(BaseSettings):
     @staticmethod
     def meaning(name: str) -> str:
         """What the setting with a dotted name is for."""
-        model: type[BaseModel] = {"router": RouterSettings, "log": LogSettings}.get(name.partition(".")[0], Settings)
+        groups: dict[str, type[BaseModel]] = {"router": RouterSettings, "log": LogSettings}
+        model = groups.get(name.partition(".")[0], Settings)
         return model.model_fields[name.rpartition(".")[2]].description or ""
 
 

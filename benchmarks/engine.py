@@ -131,7 +131,9 @@ def forward(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, option
 
 def gates(cards: Sequence[LoRACard], count: int, rows: int = ROWS) -> Gates:
     """Row i uses adapter i modulo `count`."""
-    return Gates.of([{cards[row % count].digest: 1.0} for row in range(rows)], {card.digest: card.name for card in cards})
+    return Gates.of(
+        [{cards[row % count].digest: 1.0} for row in range(rows)], {card.digest: card.name for card in cards}
+    )
 
 
 def names(count: int, rows: int = ROWS) -> list[str]:

@@ -21,6 +21,18 @@ Op = Literal[">=", "<="]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An arm with a step before it that is not timed."""
+
+    arm: Arm
+    prepare: Arm
+
+    def __call__(self) -> object:
+        """The timed part."""
+        return self.arm()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A figure with the bar that it is held against; `met` says whether it clears it."""
 
@@ -62,7 +74,9 @@ def interleave(arms: Mapping[str, Arm], *, rounds: int, warmup: int = 1) -> Time
 
 
 def timed(arm: Arm) -> float:
-    """Seconds of one call; the garbage collector waits."""
+    """Seconds of one call; the garbage collector waits, and what an arm must prepare is done before."""
+    if isinstance(arm, Prepared):
+        arm.prepare()
     gc.collect()
     gc.disable()
     try:

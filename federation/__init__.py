@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from federation.client import LoRAFlightClient
+from federation.client import LoRAFlightClient, probe
 from federation.diff import missing
 from federation.discovery import Discovery, browse
 from federation.errors import (
@@ -39,5 +39,6 @@ __all__ = [
     "browse",
     "missing",
     "parse_address",
+    "probe",
     "sync",
 ]

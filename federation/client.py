@@ -154,6 +154,12 @@ class LoRAFlightClient:
             raise _translated(error, self.address, broken) from error
 
 
+def probe(address: str, *, timeout_s: float = limits.PROBE_TIMEOUT_S) -> wire.Health:
+    """Whether a node is alive at `address`, and which. Raises `PeerUnreachableError`, `PeerError`."""
+    with LoRAFlightClient(address, timeout_s=timeout_s) as client:
+        return client.health()
+
+
 class _Batches:
     """A stream's record batches, each with the library's errors translated."""
 
@@ -240,4 +246,4 @@ def _brief(error: Exception) -> str:
     return _CONTROL.sub(" ", text).strip()[:300] or type(error).__name__
 
 
-__all__ = ["LoRAFlightClient"]
+__all__ = ["LoRAFlightClient", "probe"]

@@ -51,7 +51,7 @@ class Discovery:
             try:
                 zeroconf.register_service(info, allow_name_change=True)
             except (ZeroconfError, OSError) as error:
-                raise DiscoveryError(f"cannot announce this node: {error or type(error).__name__}") from error
+                raise DiscoveryError(f"cannot announce this node: {str(error) or type(error).__name__}") from error
             _browse(stack, zeroconf, self._found)
             self._stack = stack.pop_all()
         _log.info("discovery_started", instance=info.name, port=self._port)

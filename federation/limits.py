@@ -1,13 +1,17 @@
 """Every limit that a node sets to what its peers can make it do, with its unit.
 
-A node's memory under a hostile peer stays under `MAX_MESSAGE_BYTES` for each call in progress, plus the tensor bytes
-of the one card being fetched, which are checked against `MAX_CARD_BYTES` before the first of them is read.
+A client's memory under a hostile peer stays under `MAX_MESSAGE_BYTES` for each call in progress, plus the tensor bytes
+of the one card being fetched, which are checked against `MAX_CARD_BYTES` before the first of them is read. One hole is
+known: Arrow inflates a compressed batch before we can look at it (docs/federation.md).
 """
 
 from __future__ import annotations
 
 CALL_TIMEOUT_S = 10.0
 """A call that moves no tensors: health, one inventory."""
+
+PROBE_TIMEOUT_S = 2.0
+"""A probe of whether a peer is alive."""
 
 SLOWEST_BYTES_PER_S = 256 * 1024
 """A transfer's deadline is the call's, plus its promised bytes at this rate."""

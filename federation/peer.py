@@ -11,13 +11,19 @@ from federation.errors import FederationError
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """Another node's place. `node_id` and `name` are empty until the node itself, or its announcement, told them."""
+    """Another node's place. `node_id` and `name` are empty until the node itself, or its announcement, told them.
+
+    Raises `FederationError` for a host or port that cannot be one.
+    """
 
     host: str
     port: int
     node_id: str = ""
     name: str = ""
     source: Literal["static", "mdns"] = "static"
+
+    def __post_init__(self) -> None:
+        parse_address(self.address)
 
     @classmethod
     def at(cls, address: str) -> Peer:

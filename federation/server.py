@@ -24,7 +24,7 @@ from pyarrow import flight
 from federation import limits, wire
 from federation.errors import FederationError
 from federation.peer import format_address, is_loopback
-from registry.digest import is_digest
+from registry.digest import Digest
 from registry.entries import CardEntry
 from registry.errors import AmbiguousCardError, ArrowMoEError, UnknownCardError
 from registry.store import Registry
@@ -62,7 +62,7 @@ class LoRAFlightServer:
             self._handlers = _Handlers(location, self._registry, node_id=self._node_id, name=self._name)
         except (pa.ArrowException, OSError) as error:
             raise FederationError(
-                f"cannot listen on {format_address(self.host, self._port)}: {str(error).splitlines()[0]}",
+                f"cannot listen on {format_address(self.host, self._port)}: {_one_line(error)}",
                 hint="another program may hold that port; port 0 takes a free one",
             ) from error
         _log.info("flight_server_started", address=self.address, open=not is_loopback(self.host))
@@ -121,10 +121,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
     def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.GeneratorStream:
         with _flight_errors():
-            digest = ticket.ticket.decode(errors="replace")
-            if not is_digest(digest):
-                raise UnknownCardError(f"expected a card's digest as ticket, got {digest[:80]!r}")
-            reader = _open(self._registry, self._registry.entry(digest))
+            reader = _open(self._registry, Digest(ticket.ticket.decode(errors="replace")))
             return flight.GeneratorStream(reader.schema, self._stream(self._batches(reader)))
 
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> Iterator[bytes]:
@@ -151,7 +148,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
     def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
         with _flight_errors():
-            return flight.SchemaResult(_open(self._registry, self._registry.entry(_ref_of(descriptor))).schema)
+            return flight.SchemaResult(_open(self._registry, self._registry.entry(_ref_of(descriptor)).digest).schema)
 
     def _health(self) -> wire.Health:
         digests = self._registry.digests()
@@ -169,7 +166,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
     def _batches(self, reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
         with _flight_errors():
-            yield from self._while_open(reader.get_batch(index) for index in range(reader.num_record_batches))
+            yield from self._while_open(_read(reader))
 
     def _while_open(self, items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
@@ -211,20 +208,41 @@ def _ref_of(descriptor: flight.FlightDescriptor) -> str:
 
 
 def _info(registry: Registry, entry: CardEntry) -> flight.FlightInfo:
-    reader = _open(registry, entry)
-    rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
+    reader = _open(registry, entry.digest)
+    rows = sum(batch.num_rows for batch in _read(reader))
     path = flight.FlightDescriptor.for_path(wire.DESCRIPTOR_ROOT, entry.name, entry.version, entry.digest)
     endpoint = flight.FlightEndpoint(flight.Ticket(entry.digest), [])
     return flight.FlightInfo(reader.schema, path, [endpoint], rows, entry.nbytes)
 
 
-def _open(registry: Registry, entry: CardEntry) -> pa.RecordBatchFileReader:
-    """The card's own file, which this node wrote and checked; its bytes are checked again by whoever receives them."""
+def _open(registry: Registry, digest: Digest) -> pa.RecordBatchFileReader:
+    """The card's own file, which this node wrote and checked. Its tensors' bytes are checked by whoever gets them."""
+    with _file_errors():
+        return pa.ipc.open_file(pa.memory_map(str(registry.path_of(digest))))
+
+
+def _read(reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
+    """The file's batches, as views; validated, for Arrow would follow a rotten offset out of the file and abort."""
+    for index in range(reader.num_record_batches):
+        with _file_errors():
+            batch = reader.get_batch(index)
+            batch.validate(full=True)
+        yield batch
+
+
+@contextmanager
+def _file_errors() -> Iterator[None]:
     try:
-        return pa.ipc.open_file(pa.memory_map(str(registry.path_of(entry.digest))))
+        yield
     except (pa.ArrowException, OSError) as error:
-        _log.error("card_file_unreadable", digest=entry.digest, error=str(error))
-        raise flight.FlightServerError(f"the file of card {entry.digest} cannot be read here") from None
+        _log.error("card_file_damaged", error=_one_line(error))
+        raise flight.FlightServerError(
+            "the card's file is damaged or gone on this node; its owner has to verify"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300]
 
 
 def _offer(entry: CardEntry) -> wire.InventoryEntry:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from registry import peft_io
+import registry.peft_io as peft_io
 from registry.digest import Digest, digest_of
 from registry.errors import CardIntegrityError, ManifestError
 from registry.identity import Identity, Signature

@@ -59,20 +59,21 @@ def make_peft(
     *,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    scale: float = 0.3,
     **lora_config: Any,
 ) -> Path:
     """Save a random adapter for `model` with PEFT's own `save_pretrained`; every weight of it is trained, so to speak.
 
     `lora_config` are fields of `LoraConfig`; `target_modules` defaults to what fits a Llama, BERT or GPT-2. A and B are
-    normal with B far from zero; biases, magnitudes and saved modules are moved off the base model's values.
+    normal with deviation `scale`, B far from zero; biases, magnitudes and saved modules are moved off the base's.
     `dtype` is that of the tensors in the file. `model` itself is left as it was. Returns `directory`.
     """
-    adapted_model(model, seed=seed, dtype=dtype, **lora_config).save_pretrained(directory)
+    adapted_model(model, seed=seed, dtype=dtype, scale=scale, **lora_config).save_pretrained(directory)
     return directory
 
 
 def adapted_model(
-    model: PreTrainedModel, *, seed: int, dtype: torch.dtype = torch.float32, **lora_config: Any
+    model: PreTrainedModel, *, seed: int, dtype: torch.dtype = torch.float32, scale: float = 0.3, **lora_config: Any
 ) -> PeftModel:
     """The `PeftModel` that `make_peft` saves, in eval mode, over a copy of `model`."""
     lora_config.setdefault("target_modules", list(_targets_of(model)))
@@ -80,7 +81,7 @@ def adapted_model(
     lora_config.setdefault("lora_alpha", 6)
     with torch.random.fork_rng(devices=[]):
         peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(**lora_config), autocast_adapter_dtype=False)
-    _train(peft_model, seed, dtype)
+    _train(peft_model, seed, dtype, scale)
     return peft_model.eval()
 
 
@@ -104,14 +105,14 @@ def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor] | None = Non
 
 
 @torch.no_grad()
-def _train(model: PeftModel, seed: int, dtype: torch.dtype) -> None:
+def _train(model: PeftModel, seed: int, dtype: torch.dtype, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if not parameter.requires_grad:
             continue
         noise = torch.randn(parameter.shape, generator=generator)
         if "lora_" in name and "lora_magnitude" not in name:
-            parameter.copy_(0.3 * noise)
+            parameter.copy_(scale * noise)
         else:
             parameter.copy_(parameter * (1 + 0.1 * noise) + 0.05 * noise)
         parameter.data = parameter.data.to(dtype)

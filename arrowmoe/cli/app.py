@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -80,7 +80,7 @@ def group(**options: Any) -> typer.Typer:
     return typer.Typer(no_args_is_help=True, add_completion=False, epilog=GLOBAL_OPTIONS, **options)
 
 
-def given(**values: Any) -> Mapping[str, Any]:
+def given(**values: Any) -> dict[str, Any]:
     """The options that were given: not None, not an empty list, not False."""
     return {name: value for name, value in values.items() if value not in (None, [], False)}
 

@@ -126,7 +126,7 @@ def run(args: Sequence[str]) -> int:
     except ArrowMoEError as error:
         _explain(invocation.out, str(error), error.hint)
         return 1
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last resort: said to be a bug, its traceback kept
         kept = _keep_traceback()
         _explain(
             invocation.out, f"{type(error).__name__}: {error}", f"this is a bug in arrowmoe; report it with {kept}"

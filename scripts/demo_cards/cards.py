@@ -39,7 +39,7 @@ def entry(
         "licence": LICENCE,
         "training": {
             "steps": recipe.schedule.steps,
-            "examples": len(prompts),
+            "examples": min(len(prompts), recipe.schedule.steps * recipe.schedule.batch_size),
             "lr": recipe.schedule.learning_rate,
             "seconds": round(seconds, 1),
             "command": f"{COMMAND} --only {recipe.name}",

@@ -48,8 +48,8 @@ def make(recipe: CausalRecipe | EncoderRecipe, *, out: Path, data: Path) -> None
 
 
 def _make_causal(recipe: CausalRecipe, split: Split[Pair], *, out: Path, data: Path) -> None:
-    base, tokenizer = bases.load_causal(torch.float32)
-    trainee, _ = bases.load_causal(torch.bfloat16)
+    base, tokenizer = bases.load_causal("float32")
+    trainee, _ = bases.load_causal("bfloat16")
     _finish(
         recipe,
         split,
@@ -63,8 +63,8 @@ def _make_causal(recipe: CausalRecipe, split: Split[Pair], *, out: Path, data: P
 
 
 def _make_encoder(recipe: EncoderRecipe, split: Split[Labelled], *, out: Path, data: Path) -> None:
-    base, tokenizer = bases.load_encoder(torch.float32)
-    trainee, _ = bases.load_encoder(torch.float32)
+    base, tokenizer = bases.load_encoder("float32")
+    trainee, _ = bases.load_encoder("float32")
     _finish(
         recipe,
         split,

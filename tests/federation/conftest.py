@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,11 +31,25 @@ def no_leaked_threads() -> Iterator[None]:
     assert not left
 
 
+@pytest.fixture(scope="session")
+def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with its catalog migrated and no identity, to be copied: migrating one for each test takes longer."""
+    home = tmp_path_factory.mktemp("empty") / "home"
+    Registry.open(home).close()
+    (home / "identity.key").unlink()
+    return home
+
+
 @pytest.fixture
-def make_registry(tmp_path: Path) -> Iterator[Callable[[str], Registry]]:
+def make_registry(tmp_path: Path, empty_home: Path) -> Iterator[Callable[[str], Registry]]:
     """Opens a registry by name in this test's directory."""
     with ExitStack() as stack:
-        yield lambda name: stack.enter_context(Registry.open(tmp_path / name))
+
+        def make(name: str) -> Registry:
+            shutil.copytree(empty_home, tmp_path / name)
+            return stack.enter_context(Registry.open(tmp_path / name))
+
+        yield make
 
 
 @pytest.fixture

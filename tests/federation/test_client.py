@@ -21,6 +21,7 @@ from federation import (
     PeerUnreachableError,
     TransportError,
     limits,
+    probe,
     wire,
 )
 from registry.format import SCHEMA, card_batches, card_schema
@@ -259,6 +260,12 @@ def test_a_proxy_of_the_environment_is_not_asked(liar: Liar, monkeypatch: pytest
     monkeypatch.setenv("no_proxy", "")
     with LoRAFlightClient(liar.address) as client:
         assert client.health() == health()
+
+
+def test_a_probe(liar: Liar) -> None:
+    assert probe(liar.address) == health()
+    with pytest.raises(PeerUnreachableError):
+        probe("127.0.0.1:1")
 
 
 def test_no_connection_is_made_before_the_first_call() -> None:

@@ -28,6 +28,12 @@ def test_addresses_that_are_refused(text: str) -> None:
         parse_address(text)
 
 
+def test_a_peer_that_cannot_be_is_refused() -> None:
+    for host, port in (("a b", 1), ("", 1), ("host", 0), ("host", 70_000)):
+        with pytest.raises(FederationError):
+            Peer(host=host, port=port)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]"])
 def test_loopback(host: str) -> None:
     assert is_loopback(host)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -251,9 +252,26 @@ def test_a_damaged_file_is_served_by_nobody_as_whole(theirs: Registry, server: L
     path.write_bytes(b"no arrow at all")
     with (
         LoRAFlightClient(server.address) as client,
-        pytest.raises(PeerError, match="cannot be read"),
+        pytest.raises(PeerError, match="damaged or gone"),
     ):
         client.fetch_skill(entry.digest)
+
+
+def test_a_rotten_offset_in_a_file_does_not_take_the_server_down(theirs: Registry, tmp_path: Path) -> None:
+    entry = theirs.publish(small_card("poet"))
+    path = theirs.path_of(entry.digest)
+    good = struct.pack("<5q", 0, 128, 224, 352, 448)
+    data = path.read_bytes()
+    assert data.count(good) == 1
+    path.chmod(0o600)
+    path.write_bytes(data.replace(good, struct.pack("<5q", 0, 128, 224, 1 << 44, 1 << 45)))
+    with serving(tmp_path / "theirs") as other, LoRAFlightClient(f"127.0.0.1:{other.port}") as client:
+        with pytest.raises(PeerError, match="damaged or gone"):
+            client.fetch_skill(entry.digest)
+        raw = flight.connect(f"grpc://127.0.0.1:{other.port}")
+        assert "damaged or gone" in failure(lambda: raw.do_get(flight.Ticket(entry.digest.encode())).read_all())
+        raw.close()
+        assert client.health().cards == 1
 
 
 def test_many_clients_at_once(theirs: Registry, server: LoRAFlightServer) -> None:

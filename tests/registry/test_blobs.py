@@ -34,7 +34,9 @@ def test_the_path_follows_from_the_digest_alone(blobs: FileBlobStore, tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("digest", ["", "blake3:../../etc/passwd", "blake3:" + "A" * 64, "a" * 64, "blake3:" + "a" * 63 + "\n"])
+@pytest.mark.parametrize(
+    "digest", ["", "blake3:../../etc/passwd", "blake3:" + "A" * 64, "a" * 64, "blake3:" + "a" * 63 + "\n"]
+)
 def test_what_is_no_digest_has_no_path(blobs: FileBlobStore, digest: str) -> None:
     with pytest.raises(UnknownCardError, match="expected a digest"):
         blobs.path_of(Digest(digest))

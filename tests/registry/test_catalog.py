@@ -102,7 +102,7 @@ def test_adding_again_changes_nothing_but_tags(catalog: Catalog) -> None:
 
 def test_an_exclusive_label_is_taken_once(catalog: Catalog) -> None:
     catalog.add(small_card(version="1.9", seed=1), exclusive=True)
-    with pytest.raises(LabelTakenError, match="sample@1.9") as caught:
+    with pytest.raises(LabelTakenError, match=r"sample@1\.9") as caught:
         catalog.add(small_card(version="1.9", seed=2), exclusive=True)
     assert caught.value.hint == "publish it as version 1.10"
     assert len(catalog.list()) == 1
@@ -147,7 +147,9 @@ def test_a_start_of_two_digests_is_ambiguous(catalog: Catalog, database: Databas
     with database.writing() as session:
         session.execute(text("DELETE FROM labels"))
         for card, twin in zip(cards, twins, strict=True):
-            session.execute(text("UPDATE cards SET digest = :new WHERE digest = :old"), {"new": twin, "old": card.digest})
+            session.execute(
+                text("UPDATE cards SET digest = :new WHERE digest = :old"), {"new": twin, "old": card.digest}
+            )
     with pytest.raises(AmbiguousCardError, match="abababab") as caught:
         catalog.resolve("abababab")
     assert all(twin in str(caught.value) for twin in twins)
@@ -266,7 +268,15 @@ def test_readers_see_one_state_and_do_not_wait_for_the_writer(catalog: Catalog, 
 
 @pytest.mark.parametrize(
     ("lower", "higher"),
-    [("2", "10"), ("1.9", "1.10"), ("1.0-rc1", "1.0"), ("1.0", "1.0.1"), ("1.0-a", "1.0-b"), ("rc2", "rc10"), ("v9", "v10")],
+    [
+        ("2", "10"),
+        ("1.9", "1.10"),
+        ("1.0-rc1", "1.0"),
+        ("1.0", "1.0.1"),
+        ("1.0-a", "1.0-b"),
+        ("rc2", "rc10"),
+        ("v9", "v10"),
+    ],
 )
 def test_versions_compare_naturally(lower: str, higher: str) -> None:
     assert version_key(lower) < version_key(higher)
@@ -334,7 +344,8 @@ def test_an_interrupted_migration_is_done_anew(url: str, database: Database, mon
 
 
 def test_an_up_to_date_catalog_opens_without_alembic(url: str, database: Database) -> None:
-    code = "import sys; from registry.database import Database; Database(sys.argv[1]).close(); print('alembic' in sys.modules)"
+    opening = "import sys; from registry.database import Database; Database(sys.argv[1]).close();"
+    code = f"{opening} print('alembic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

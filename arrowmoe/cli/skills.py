@@ -1,0 +1,287 @@
+"""`arrowmoe skills`: the cards of this home."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import arrowmoe
+from arrowmoe import control
+from arrowmoe.cli.app import App, app_of, given, group
+from arrowmoe.cli.output import short, size
+from registry.errors import ArrowMoEError
+
+app = group()
+BROWSE_S = 2.0
+
+Ref = Annotated[
+    str, typer.Argument(metavar="CARD", help="Name, NAME@VERSION, or the first 8 or more digits of a digest.")
+]
+
+
+@app.callback()
+def _skills() -> None:
+    """Import, list, share and check cards."""
+
+
+@app.command("import")
+def import_(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="DIR_OR_FILE", help="A PEFT adapter, or a .lora.arrow file.")],
+    name: Annotated[str | None, typer.Option(help="Name; the directory's, unless given.")] = None,
+    version: Annotated[str | None, typer.Option(help="Version; 1, unless given.")] = None,
+    description: Annotated[str | None, typer.Option(help="What the card is good at; routing reads it.")] = None,
+    domain: Annotated[list[str] | None, typer.Option(help="A subject; may be repeated.")] = None,
+    example: Annotated[list[str] | None, typer.Option(help="A prompt that it is for; may be repeated.")] = None,
+    examples: Annotated[Path | None, typer.Option(help="File with one such prompt a line.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag, kept here only; may be repeated.")] = None,
+) -> None:
+    """Make a card of a PEFT adapter and keep it, or keep the card in a file."""
+    invocation = app_of(context)
+    prompts = [*(example or []), *(_lines(examples) if examples else [])]
+    about = given(name=name, version=version, description=description, domains=domain, examples=prompts)
+    with invocation.registry() as registry:
+        if source.is_dir():
+            entry = registry.publish(arrowmoe.LoRACard.from_peft(source, **about), tags=tag or [])
+        elif not source.exists():
+            raise ArrowMoEError(f"no such file or directory: {source}")
+        elif about:
+            card = arrowmoe.LoRAFormat.load(source, memory_map=False, verify=True).describe(**about)
+            entry = registry.publish(card, tags=tag or [])
+        else:
+            entry = registry.import_file(source, tags=tag or [])
+    found = arrowmoe.views.card(entry)
+    text = f"{entry.name}@{entry.version} {short(entry.digest)} (rank {entry.rank}, {size(entry.nbytes)})"
+    invocation.out.result(found, lambda: invocation.out.line(f"imported {text}"), quiet=[entry.digest])
+
+
+@app.command("ls")
+def ls(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Option(help="Only cards of this name.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Only cards for this base model, architecture or fingerprint.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Only cards with this tag.")] = None,
+) -> None:
+    """List cards."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        cards = [arrowmoe.views.card(entry) for entry in registry.list(name=name, base=base, tag=tag)]
+    _show_cards(invocation, cards, "no cards; `arrowmoe skills import` or `skills sync` brings some")
+
+
+@app.command()
+def search(context: typer.Context, text: Annotated[str, typer.Argument(help="Words to look for.")]) -> None:
+    """List cards with these words in name, description, domains, examples or tags."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        cards = [arrowmoe.views.card(entry) for entry in registry.search(text)]
+    _show_cards(invocation, cards, "no card has these words")
+
+
+@app.command()
+def show(context: typer.Context, ref: Ref) -> None:
+    """Show one card's description."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        entry = registry.entry(ref)
+        found = arrowmoe.views.card(entry) | {"path": str(registry.path_of(entry.digest))}
+    invocation.out.result(found, lambda: _show_card(invocation, found), quiet=[found["digest"]])
+
+
+@app.command()
+def export(context: typer.Context, ref: Ref, directory: Annotated[Path, typer.Argument(metavar="DIR")]) -> None:
+    """Write a card as a PEFT adapter directory."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        digest = registry.entry(ref).digest
+        path = registry.export(digest, directory)
+    done = {"digest": digest, "path": str(path)}
+    invocation.out.result(done, lambda: invocation.out.line(f"wrote {path}"), quiet=[path])
+
+
+@app.command()
+def rm(
+    context: typer.Context,
+    ref: Ref,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a card from this home."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        entry = registry.entry(ref)
+        label = f"{entry.name}@{entry.version} {short(entry.digest)}"
+        if not yes and sys.stdin.isatty():
+            typer.confirm(f"remove {label}?", abort=True, err=True)
+        found = arrowmoe.views.card(registry.remove(entry.digest))
+    invocation.out.result(found, lambda: invocation.out.line(f"removed {label}"), quiet=[entry.digest])
+
+
+@app.command()
+def verify(context: typer.Context, ref: Annotated[str | None, typer.Argument(metavar="[CARD]")] = None) -> None:
+    """Read every byte of a card, or of all; exit code 1 if any is damaged."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        reports = [arrowmoe.views.verified(report) for report in registry.verify(ref)]
+    rows = [
+        (f"{one['name'] or '?'}@{one['version'] or '?'}", short(one["digest"]), "ok" if one["ok"] else one["reason"])
+        for one in reports
+    ]
+    invocation.out.result(
+        reports,
+        lambda: invocation.out.table(("card", "digest", "state"), rows, "no cards"),
+        quiet=[one["digest"] for one in reports if not one["ok"]],
+    )
+    if not all(one["ok"] for one in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def label(
+    context: typer.Context,
+    ref: Ref,
+    name: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="The label that shall mean the card here.")],
+) -> None:
+    """Give a card one more name and version in this home; the card stays as it is."""
+    invocation = app_of(context)
+    new_name, at, version = name.partition("@")
+    with invocation.registry() as registry:
+        digest = registry.entry(ref).digest
+        registry.label(digest, new_name, version if at else registry.next_version(new_name))
+        found = arrowmoe.views.card(registry.entry(digest))
+    invocation.out.result(found, lambda: invocation.out.line(" ".join(found["labels"])), quiet=found["labels"])
+
+
+@app.command()
+def tag(
+    context: typer.Context,
+    ref: Ref,
+    tags: Annotated[list[str], typer.Argument(metavar="TAG...")],
+    remove: Annotated[bool, typer.Option("--remove", help="Take them off instead.")] = False,
+) -> None:
+    """Put tags on a card, in this home only."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        digest = registry.entry(ref).digest
+        (registry.untag if remove else registry.tag)(digest, *tags)
+        found = arrowmoe.views.card(registry.entry(digest))
+    invocation.out.result(found, lambda: invocation.out.line(" ".join(found["tags"]) or "no tags"), quiet=found["tags"])
+
+
+@app.command()
+def sync(
+    context: typer.Context,
+    peer: Annotated[list[str] | None, typer.Option(metavar="HOST:PORT", help="A peer; may be repeated.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare, and move nothing.")] = False,
+) -> None:
+    """Copy the cards that peers have and this home lacks; exit code 1 if any peer or card failed."""
+    invocation = app_of(context)
+    record = invocation.node()
+    with invocation.out.progress("comparing") as advance:
+
+        def on_progress(done: Any) -> None:
+            advance(f"{done['card']} from {done['peer']}", done["bytes_done"], done["bytes_total"])
+
+        if record is not None:
+            params = {"peers": peer or None, "dry_run": dry_run}
+            report = control.call(record, "sync", params, on_progress=on_progress)
+        else:
+            report = _sync_here(invocation, peer or [], dry_run=dry_run, on_progress=on_progress)
+    invocation.out.result(report, lambda: _show_sync(invocation, report), quiet=_fetched_digests(report))
+    if not report["ok"]:
+        raise typer.Exit(1)
+
+
+def _sync_here(invocation: App, addresses: list[str], *, dry_run: bool, on_progress: control.Progress) -> Any:
+    """Without a node: the peers named, else those of the settings and of a short look around."""
+    named = addresses or list(invocation.settings.peers)
+    peers = [arrowmoe.Peer.at(address) for address in named]
+    with invocation.registry() as registry:
+        if not addresses and invocation.settings.discovery:
+            known = {peer.address for peer in peers}
+            found = arrowmoe.browse(BROWSE_S, node_id=registry.identity.id)
+            peers += [peer for peer in found if peer.address not in known]
+        handler = arrowmoe.operations.sync_handler(
+            lambda _, dry_run, on_progress: arrowmoe.sync(registry, peers, dry_run=dry_run, on_progress=on_progress)
+        )
+        return handler({"dry_run": dry_run}, on_progress)
+
+
+def _show_sync(invocation: App, report: dict[str, Any]) -> None:
+    out = invocation.out
+    if not report["peers"]:
+        out.line("no peers were found; name one with --peer HOST:PORT")
+    for peer in report["peers"]:
+        who = f"{peer['name'] or '?'} ({peer['address']})"
+        if peer["error"]:
+            out.line(f"{who}: {peer['error']}")
+            continue
+        out.line(f"{who}: offers {peer['offered']}, {len(peer['missing'])} of them not here")
+        for card in peer["missing"] if report["dry_run"] else peer["fetched"]:
+            out.line(f"  {card['name']}@{card['version']} {short(card['digest'])} {size(card['nbytes'])}")
+        for failure in peer["failed"]:
+            out.line(f"  {short(failure['digest'])} failed: {failure['reason']}")
+    if report["dry_run"]:
+        out.line("dry run: nothing was moved")
+        return
+    verified = sum(peer["tensors_verified"] for peer in report["peers"])
+    out.line(f"{report['fetched']} cards fetched, {size(report['bytes_moved'])} moved, {verified} tensors verified")
+
+
+def _fetched_digests(report: dict[str, Any]) -> list[str]:
+    key = "missing" if report["dry_run"] else "fetched"
+    return [card["digest"] for peer in report["peers"] for card in peer[key]]
+
+
+def _show_cards(invocation: App, cards: list[dict[str, Any]], empty: str) -> None:
+    rows = [
+        (
+            f"{card['name']}@{card['version']}",
+            short(card["digest"]),
+            card["base_name"] or "?",
+            card["rank"],
+            size(card["nbytes"]),
+            card["origin"]["address"] if card["origin"] else "here",
+            card["description"].partition("\n")[0],
+        )
+        for card in cards
+    ]
+    columns = ("card", "digest", "base", "rank>", "size>", "from", "description")
+    invocation.out.result(
+        cards, lambda: invocation.out.table(columns, rows, empty), quiet=[card["digest"] for card in cards]
+    )
+
+
+def _show_card(invocation: App, card: dict[str, Any]) -> None:
+    origin = card["origin"]
+    invocation.out.fields(
+        [
+            ("card", f"{card['name']}@{card['version']}"),
+            ("digest", card["digest"]),
+            ("labels", " ".join(card["labels"])),
+            ("description", card["description"]),
+            ("domains", ", ".join(card["domains"])),
+            ("examples", " | ".join(card["examples"])),
+            ("base", card["base_name"]),
+            ("fingerprint", card["fingerprint"]),
+            ("rank", card["rank"]),
+            ("size", size(card["nbytes"])),
+            ("publisher", card["publisher"]),
+            ("created", card["created"]),
+            ("added", card["added_at"]),
+            ("from", f"{origin['address']} ({origin['peer_id']})" if origin else "here"),
+            ("tags", " ".join(card["tags"])),
+            ("file", card["path"]),
+        ]
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArrowMoEError(f"the file of examples cannot be read: {error}") from error

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from arrowmoe.routing.router import DEFAULT_TEMPERATURE, DEFAULT_THRESHOLD
+from arrowmoe.settings import ConfigurationError, Settings, load
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, clean_environment: pytest.MonkeyPatch) -> Path:
+    clean_environment.setenv("ARROWMOE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_each_layer_wins_over_the_one_below_it(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_home / "config.toml").write_text('name = "file"\ndevice = "file"\ndtype = "float16"\n[router]\ntop_k = 2\n')
+    monkeypatch.setenv("ARROWMOE_NAME", "environment")
+    monkeypatch.setenv("ARROWMOE_DEVICE", "environment")
+    monkeypatch.setenv("ARROWMOE_ROUTER__THRESHOLD", "0.6")
+    loaded = load({"name": "flag", "host": None})
+    settings = loaded.settings
+    assert (settings.name, settings.device, settings.dtype, settings.host) == (
+        "flag",
+        "environment",
+        "float16",
+        "127.0.0.1",
+    )
+    assert (settings.router.top_k, settings.router.threshold) == (2, 0.6)
+    sources = {name: source for name, _, source in loaded.rows()}
+    file = f"file {own_home / 'config.toml'}"
+    assert {name: sources[name] for name in ("name", "device", "dtype", "host", "router.top_k")} == {
+        "name": "flag",
+        "device": "environment",
+        "dtype": file,
+        "host": "default",
+        "router.top_k": file,
+    }
+    assert sources["router.threshold"] == "environment"
+
+
+def test_all_errors_come_at_once_and_name_their_source(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_home / "config.yaml").write_text("nome: x\nrouter:\n  threshold: hot\n  shape: round\n")
+    monkeypatch.setenv("ARROWMOE_FLIGHT_PORT", "many")
+    monkeypatch.setenv("ARROWMOE_PEERS", "one:1,two")
+    with pytest.raises(ConfigurationError) as caught:
+        load({"dtype": "int3"})
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "6 settings are wrong:"
+    assert sum("ARROWMOE_FLIGHT_PORT: " in line and "'many'" in line for line in lines) == 1
+    assert sum("ARROWMOE_PEERS: expected a peer as HOST:PORT, got 'two'" in line for line in lines) == 1
+    assert sum("--dtype: " in line for line in lines) == 1
+    assert sum(f"nome (file {own_home / 'config.yaml'}): no such setting" in line for line in lines) == 1
+    assert sum("router.shape" in line and "no such setting" in line for line in lines) == 1
+    assert sum("router.threshold" in line and "'hot'" in line for line in lines) == 1
+    assert caught.value.hint
+
+
+def test_lists_may_be_written_with_commas_or_as_lists(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWMOE_PEERS", "10.0.0.1:7420, [::1]:7421")
+    (own_home / "config.toml").write_text('bases = ["builtin:smollm2", "other"]')
+    settings = load().settings
+    assert settings.peers == ("10.0.0.1:7420", "[::1]:7421")
+    assert settings.bases == ("builtin:smollm2", "other")
+
+
+def test_the_file_may_be_named_by_flag_or_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one.toml", tmp_path / "other.yml"
+    one.write_text('name = "one"')
+    other.write_text("name: other")
+    monkeypatch.setenv("ARROWMOE_CONFIG", str(other))
+    assert load().settings.name == "other"
+    assert load(config=one).settings.name == "one"
+    with pytest.raises(ConfigurationError, match=r"no configuration file .*none\.toml"):
+        load(config=tmp_path / "none.toml")
+
+
+def test_two_files_in_one_home_are_refused(own_home: Path) -> None:
+    (own_home / "config.toml").touch()
+    (own_home / "config.yaml").touch()
+    with pytest.raises(ConfigurationError, match=r"found config\.toml, config\.yaml"):
+        load()
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.toml", "name ="), ("config.yaml", "a: [")])
+def test_a_damaged_file_is_named(own_home: Path, name: str, text: str) -> None:
+    (own_home / name).write_text(text)
+    with pytest.raises(ConfigurationError, match=name):
+        load()
+
+
+def test_a_yaml_file_that_is_no_mapping_is_refused(own_home: Path) -> None:
+    (own_home / "config.yaml").write_text("- name")
+    with pytest.raises(ConfigurationError, match="got list"):
+        load()
+
+
+def test_an_empty_yaml_file_changes_nothing(own_home: Path) -> None:
+    (own_home / "config.yaml").write_text("# nothing yet\n")
+    assert load().settings.name == Settings().name
+
+
+def test_a_group_that_is_no_json_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWMOE_ROUTER", "{")
+    with pytest.raises(ConfigurationError, match="router"):
+        load()
+
+
+def test_the_constructor_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWMOE_NAME", "environment")
+    assert Settings(name="given").name == "given"
+    assert Settings().name != "environment"
+    with pytest.raises(ValidationError):
+        Settings(nome="x")  # type: ignore[call-arg]
+
+
+def test_home_is_absolute_and_tilde_is_expanded() -> None:
+    assert Settings(home=Path("~/x")).home == Path.home() / "x"
+    assert Settings(home=Path("x")).home == Path.cwd() / "x"
+
+
+def test_the_defaults_of_the_router_are_the_routers_own() -> None:
+    router = Settings().router
+    assert (router.threshold, router.temperature) == (DEFAULT_THRESHOLD, DEFAULT_TEMPERATURE)
+
+
+def test_every_setting_has_a_meaning_and_a_line_in_the_docs() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    for name, _, _ in load().rows():
+        assert Settings.meaning(name), name
+        assert f"`{name}`" in guide, name
