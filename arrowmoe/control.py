@@ -92,7 +92,7 @@ def read_record(home: Path) -> NodeRecord | None:
     try:
         with (home / RECORD_FILE).open("rb") as file:
             return NodeRecord(**json.loads(file.read(MAX_RECORD_BYTES)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:
         log.warning("node_record_unreadable", home=str(home), error=str(error))
@@ -103,7 +103,7 @@ def is_held(home: Path) -> bool:
     """Whether a process holds the home's lock."""
     try:
         file = (home / LOCK_FILE).open("rb")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     with file:
         return not _flock(file, fcntl.LOCK_SH)

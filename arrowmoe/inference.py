@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from arrowmoe.base_model import Kind
     from arrowmoe.engine import Adapter, ArrowEngine
     from arrowmoe.features import Vectors
+    from arrowmoe.generation import Generation
     from arrowmoe.routing import Gates, LoRARouter
 
 log = structlog.get_logger(__name__)
@@ -113,6 +114,17 @@ class Inference:
         router = self._current_router() if adapter == "auto" else None
         self._forget_removed(engine)
         return arrowmoe.ask(prompt, engine=engine, router=router, adapter=adapter, fetch=self._fetch, **sampling)
+
+    def generate(
+        self, prompts: Sequence[str], *, base: str | None = None, adapter: Adapter = None, **sampling: Any
+    ) -> list[Generation]:
+        """Answer `prompts` as one batch, not routed: `adapter` may be one for all, or a list with one per row."""
+        engine = self.engine(base)
+        self._forget_removed(engine)
+        chat = engine.base.tokenizer.chat_template is not None
+        messages = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
+        made: list[Generation] = engine.generate(messages, adapter=adapter, **sampling)
+        return made
 
     def route(self, text: str, *, base: str | None = None) -> Gates:
         """Gates for `text`, over the cards made for base model `base` (None: any)."""

@@ -34,6 +34,7 @@ def node_handlers(node: Node) -> Mapping[str, Handler]:
         "sync": sync_handler(node.sync),
         "route": _late("route", node),
         "ask": _late("ask", node),
+        "generate": _late("generate", node),
         "encode": _late("encode", node),
     }
 
@@ -50,7 +51,7 @@ def sync_handler(run: Callable[..., SyncReport]) -> Handler:
 
 
 def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
-    """`route`, `ask` and `encode`."""
+    """`route`, `ask`, `generate` and `encode`."""
 
     def route(params: Params, progress: Progress) -> Any:
         base = params.get("base")
@@ -60,6 +61,9 @@ def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
         engine = inference.engine(params.get("base"))
         return views.answer(inference.ask(**params), base=engine.name)
 
+    def generate(params: Params, progress: Progress) -> Any:
+        return [views.generation(made) for made in inference.generate(**params)]
+
     def encode(params: Params, progress: Progress) -> Any:
         engine = inference.engine(params.get("base"), kind="encoder")
         vectors = inference.encode(**params)
@@ -68,7 +72,7 @@ def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
             for text, vector in zip(params["texts"], vectors, strict=True)
         ]
 
-    return {"route": route, "ask": ask, "encode": encode}
+    return {"route": route, "ask": ask, "generate": generate, "encode": encode}
 
 
 def _late(method: str, node: Node) -> Handler:

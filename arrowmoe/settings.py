@@ -69,7 +69,7 @@ class RouterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold: float = Field(default=0.45, ge=-1, le=1, description="least score (cosine) at which a card is used")
+    threshold: float = Field(default=0.30, ge=-1, le=1, description="least score (cosine) at which a card is used")
     top_k: int = Field(default=1, ge=1, le=64, description="most cards that answer one prompt together")
     temperature: float = Field(default=0.1, gt=0, le=100, description="softmax temperature of the weights of several")
 

@@ -11,6 +11,7 @@ from registry.entries import CardEntry, VerifyReport
 
 if TYPE_CHECKING:
     from arrowmoe.ask import Answer
+    from arrowmoe.generation import Generation
     from arrowmoe.routing.gates import Candidate, Decision, Gates
 
 Json = dict[str, Any]
@@ -121,17 +122,20 @@ def routed(text: str, gates: Gates, *, base: str | None) -> Json:
 
 def answer(answer: Answer, *, base: str) -> Json:
     """An answer and what made it: `adapters` name → weight, empty for the bare base model, which `why` explains."""
-    made = answer.generation
+    about = {"base": base, "fetched": list(answer.fetched)}
+    return generation(answer.generation) | about | _decision(answer.gates)
+
+
+def generation(made: Generation) -> Json:
+    """A text that was generated, by the cards `adapters` (name → weight; empty: the bare base model)."""
     return {
-        "text": answer.text,
-        "base": base,
-        "adapters": {name: float(weight) for name, weight in answer.adapters.items()},
-        "fetched": list(answer.fetched),
+        "text": made.text,
+        "adapters": {name: float(weight) for name, weight in made.adapters.items()},
         "prompt_tokens": made.prompt_tokens,
         "new_tokens": len(made.tokens),
         "logprob_nats": float(made.logprob_nats),
         "finish_reason": str(made.finish_reason),
-    } | _decision(answer.gates)
+    }
 
 
 def _decision(gates: Gates) -> Json:

@@ -72,7 +72,6 @@ class LoRAFlightServer:
         handlers, self._handlers = self._handlers, None
         if handlers is None:
             return
-        handlers.closing.set()
         shutdown = threading.Thread(target=handlers.shutdown, name="arrowmoe-flight-close", daemon=True)
         shutdown.start()
         shutdown.join(limits.CLOSE_GRACE_S)
@@ -105,7 +104,6 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
     def __init__(self, location: str, registry: Registry, *, node_id: str, name: str) -> None:
         self._registry, self._node_id, self._name = registry, node_id, name
         self._streams = threading.BoundedSemaphore(limits.MAX_STREAMS)
-        self.closing = threading.Event()
         super().__init__(location)
 
     def list_flights(self, context: flight.ServerCallContext, criteria: bytes) -> Iterator[flight.FlightInfo]:
@@ -162,17 +160,11 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
     def _inventory(self) -> Iterator[bytes]:
         with _flight_errors():
-            yield from self._while_open(wire.encode_inventory(map(_offer, self._registry.list())))
+            yield from wire.encode_inventory(map(_offer, self._registry.list()))
 
     def _batches(self, reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
         with _flight_errors():
-            yield from self._while_open(_read(reader))
-
-    def _while_open(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            if self.closing.is_set():
-                raise flight.FlightUnavailableError("this node is closing")
-            yield item
+            yield from _read(reader)
 
     def _stream(self, items: Iterator[Any]) -> Iterator[Any]:
         """`items`, holding one of the `MAX_STREAMS` places until the call ends, even if it never starts to read."""

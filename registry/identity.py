@@ -16,6 +16,7 @@ from registry.errors import CardIntegrityError, HomeError
 
 KEY_FILE = "identity.key"
 _SEED_BYTES = 32
+_SIGNATURE_SIZES = (32, 64)
 _FINGERPRINT_HEX = 32
 
 
@@ -39,7 +40,8 @@ class Signature:
             signature = cls(public_key=bytes.fromhex(key), value=bytes.fromhex(value))
         except ValueError as error:
             raise CardIntegrityError(f"expected a signature 'ed25519:KEY:VALUE' in hex, got {text[:80]!r}") from error
-        if scheme != "ed25519" or str(signature) != text or len(signature.public_key) != 32:
+        sizes = len(signature.public_key), len(signature.value)
+        if scheme != "ed25519" or str(signature) != text or sizes != _SIGNATURE_SIZES:
             raise CardIntegrityError(f"expected a signature 'ed25519:KEY:VALUE' in lower-case hex, got {text[:80]!r}")
         return signature
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 
 from registry.digest import Digest
 
@@ -33,6 +34,7 @@ class Label:
         return f"{self.name}@{self.version}"
 
 
+@lru_cache(maxsize=4096)
 def version_key(version: str) -> VersionKey:
     """Sort key of a version in natural order."""
     runs = _RUN.findall(version)

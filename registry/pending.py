@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -49,7 +49,7 @@ class Pending:
             if not before:
                 Path(file.name).unlink()
 
-    def interrupted(self) -> Iterator[Digest]:
+    def interrupted(self) -> Generator[Digest]:
         """The digests of work that its process did not finish; each is done with once the next one is asked for."""
         for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
             with self._locked(path, wait=False) as file:

@@ -74,13 +74,11 @@ def concatenate(adapters: Sequence[LowRank], coefficients: Tensor | float) -> Co
     )
 
 
-def lay_by_row(
-    adapters: Sequence[LowRank], gates: Sequence[Sequence[tuple[int, float]]], rank: int, like: Tensor
-) -> ByRow:
+def lay_by_row(adapters: Sequence[LowRank], gates: Sequence[Sequence[tuple[int, float]]], rank: int) -> ByRow:
     """Lay adapters out in row order; `gates` lists (adapter, weight) by row, `rank` bounds a row's sum of ranks."""
     rows, d_in, d_out = len(gates), adapters[0].a.shape[1], adapters[0].b.shape[1]
-    a = like.new_zeros((rows, rank, d_in))
-    b = like.new_zeros((rows, rank, d_out))
+    a = adapters[0].a.new_zeros((rows, rank, d_in))
+    b = adapters[0].b.new_zeros((rows, rank, d_out))
     for row, chosen in enumerate(gates):
         start = 0
         for index, weight in chosen:
@@ -92,24 +90,21 @@ def lay_by_row(
     return ByRow(a=a.transpose(1, 2), b=b)
 
 
-def add_concatenated(y: Tensor, x: Tensor, layout: Concatenated) -> Tensor:
-    """y (rows, …, d_out) plus the gated sum at x (rows, …, d_in)."""
-    return add_up(y, torch.nn.functional.linear(x, layout.a), layout)
-
-
 def add_up(y: Tensor, hidden: Tensor, layout: Concatenated) -> Tensor:
-    """y (rows, …, d_out) plus the up-projection of hidden (rows, …, Σr), gated by `layout.coefficients`."""
+    """Add to y (rows, …, d_out), in place, the up-projection of hidden (rows, …, Σr), gated by the coefficients."""
+    alpha = 1.0
     if isinstance(layout.coefficients, float):
         alpha = layout.coefficients
     else:
-        alpha = 1.0
         rows, rank = layout.coefficients.shape
         hidden = hidden * layout.coefficients.view(rows, *[1] * (hidden.dim() - 2), rank)
-    return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), layout.b, alpha=alpha).view(y.shape)
+    y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), layout.b, alpha=alpha)
+    return y
 
 
 def add_by_row(y: Tensor, x: Tensor, layout: ByRow) -> Tensor:
-    """y (rows, …, d_out) plus each row's own sum at x (rows, …, d_in)."""
+    """Add to y (rows, …, d_out), in place, each row's own sum at x (rows, …, d_in)."""
     rows = layout.a.shape[0]
     hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), layout.a)
-    return torch.baddbmm(y.reshape(rows, -1, y.shape[-1]), hidden, layout.b).view(y.shape)
+    y.view(rows, -1, y.shape[-1]).baddbmm_(hidden, layout.b)
+    return y

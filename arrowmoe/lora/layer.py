@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from arrowmoe.lora.kernels import LowRank, add_by_row, add_concatenated, add_up
+from arrowmoe.lora.kernels import LowRank, add_up
 
 if TYPE_CHECKING:
-    from arrowmoe.lora.plan import Plan
+    from arrowmoe.lora.plan import Plan, Share
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +44,7 @@ class GateContext:
     plan: Plan | None = field(default=None)
 
 
-class _Slotted(nn.Module):
+class Slotted(nn.Module):
     """Slots by adapter; holds them outside the module's parameters, so that the base model's state stays its own."""
 
     def __init__(self, base: nn.Module, path: str, context: GateContext) -> None:
@@ -55,8 +54,13 @@ class _Slotted(nn.Module):
         self.context = context
         self.slots: dict[str, Slot] = {}
 
+    def share(self) -> Share | None:
+        """What the adapters of the batch in flight add here, if there is a batch and it has any here."""
+        plan = self.context.plan
+        return None if plan is None else plan.at(self)
 
-class LoRALinear(_Slotted):
+
+class LoRALinear(Slotted):
     """A linear module with slots: y = W x + b + Σₖ gₖ · (sₖ Bₖ Aₖ x + DoRA and bias terms).
 
     Wraps `nn.Linear` and transformers' `Conv1D` (GPT-2). Inputs are (rows, …, d_in), where rows are the batch's.
@@ -77,14 +81,11 @@ class LoRALinear(_Slotted):
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, …, d_in) → (rows, …, d_out)."""
         y: Tensor = self.base(x)
-        plan = self.context.plan
-        if plan is None or plan.is_empty(self):
-            return y
-        plan.check_rows(self, x)
-        return _add_vectors(y, plan, self, _add_low_rank(y, x, plan, self))
+        share = self.share()
+        return y if share is None else share.add(y, x, self.base.bias)
 
 
-class LoRAEmbedding(_Slotted):
+class LoRAEmbedding(Slotted):
     """An embedding with slots: y = W[i] + Σₖ gₖ sₖ Bₖ Aₖ[:, i]; ids are (rows, tokens)."""
 
     base: nn.Embedding
@@ -97,15 +98,15 @@ class LoRAEmbedding(_Slotted):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (rows, tokens) → (rows, tokens, d_out)."""
         y: Tensor = self.base(ids)
-        plan = self.context.plan
-        if plan is None or plan.is_empty(self):
+        share = self.share()
+        if share is None:
             return y
-        plan.check_rows(self, ids)
-        layout = plan.concatenated(self)
+        share.check_rows(ids)
+        layout = share.concatenated()
         return add_up(y, nn.functional.embedding(ids, layout.a.T), layout)
 
 
-class LoRABias(_Slotted):
+class LoRABias(Slotted):
     """A module that is not linear but ends in adding a bias (a LayerNorm), with slots for that bias."""
 
     base: nn.LayerNorm
@@ -121,13 +122,10 @@ class LoRABias(_Slotted):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (rows, …, d) → (rows, …, d_out)."""
+        """x (rows, …, d) → (rows, …, d)."""
         y: Tensor = self.base(x)
-        plan = self.context.plan
-        if plan is None or plan.is_empty(self):
-            return y
-        plan.check_rows(self, x)
-        return _add_vectors(y, plan, self, y)
+        share = self.share()
+        return y if share is None else share.add(y, x, self.base.bias)
 
 
 Wrapper = LoRALinear | LoRAEmbedding | LoRABias
@@ -147,27 +145,3 @@ def shape_of(module: nn.Module) -> tuple[int, int] | None:
 def dense_weight(module: nn.Linear | Conv1D) -> Tensor:
     """The weight as (d_out, d_in); `Conv1D` keeps it transposed."""
     return module.weight.T if isinstance(module, Conv1D) else module.weight
-
-
-def _add_low_rank(y: Tensor, x: Tensor, plan: Plan, module: LoRALinear) -> Tensor:
-    if not plan.has_low_rank(module):
-        return y
-    if plan.prefers_rows(module, x):
-        return add_by_row(y, x, plan.by_row(module))
-    return add_concatenated(y, x, plan.concatenated(module))
-
-
-def _add_vectors(base_output: Tensor, plan: Plan, module: LoRALinear | LoRABias, y: Tensor) -> Tensor:
-    """Add DoRA's rescaling of the base output (without its bias) and the change of bias to `y`."""
-    rescale, bias = plan.vectors(module)
-    if rescale is not None:
-        weighted = base_output if module.bias is None else base_output - module.bias
-        y = torch.addcmul(y, _spread(rescale, y), weighted)
-    if bias is not None:
-        y = y + _spread(bias, y)
-    return y
-
-
-def _spread(vectors: Tensor, like: Tensor) -> Tensor:
-    """(rows, d) → (rows, 1 …, d) with as many dimensions as `like`."""
-    return vectors.view(vectors.shape[0], *[1] * (like.dim() - 2), vectors.shape[1])

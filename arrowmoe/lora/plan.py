@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,22 +12,23 @@ from torch import Tensor
 from arrowmoe.errors import GateError
 from arrowmoe.lora import kernels
 from arrowmoe.lora.kernels import ByRow, Concatenated, LowRank
-from arrowmoe.lora.layer import LoRABias, LoRALinear, Slot, Wrapper
+from arrowmoe.lora.layer import Slot, Slotted
 
 
-class _Shape(NamedTuple):
-    """What decides a layout's coefficients: each adapter's rank (0 = absent here) and scaling."""
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What decides a layout's coefficients: which adapters are present at a module, their ranks and scalings."""
 
+    present: tuple[int, ...]
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
 
 
 class Plan:
-    """Lays adapters out for one batch; `adapters` are slot keys, `gates` is (rows, adapters) on the model's device.
+    """The gates of one batch: `adapters` are slot keys, `gates` (rows, adapters) is on the model's device.
 
-    Layouts are kept for the plan's lifetime, so the steps of one generation share them. `gates` may require a
-    gradient: the concatenated layout passes it on, the by-row layout (which multiplies gates in beforehand) is then
-    not used.
+    What it lays out is kept, so the steps of one generation share it. `gates` may require a gradient, which the
+    concatenated layout passes on; the by-row layout, which multiplies gates in beforehand, is then not used.
     """
 
     def __init__(self, adapters: tuple[str, ...], gates: Tensor) -> None:
@@ -38,100 +40,113 @@ class Plan:
         values = gates.detach().float().cpu()
         self._chosen = [[(k, float(row[k])) for k in row.nonzero().flatten().tolist()] for row in values]
         self._uniform = bool((values == values[:1]).all()) and not gates.requires_grad
-        self._shapes: dict[str, _Shape] = {}
-        self._row_ranks: dict[tuple[int, ...], int] = {}
-        self._coefficients: dict[_Shape, Tensor | float] = {}
-        self._concatenated: dict[str, Concatenated] = {}
-        self._by_row: dict[str, ByRow] = {}
-        self._vectors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self._shares: dict[str, Share | None] = {}
+        self._coefficients: dict[_Form, Tensor | float] = {}
 
-    def is_empty(self, module: Wrapper) -> bool:
-        """Whether none of the batch's adapters has a slot at `module`."""
-        return not any(key in module.slots for key in self.adapters)
+    def at(self, module: Slotted) -> Share | None:
+        """What the batch's adapters add at `module`; None if none of them has a slot there."""
+        return _kept(self._shares, module.path, lambda: self._share(module))
 
-    def check_rows(self, module: Wrapper, x: Tensor) -> None:
+    def coefficients(self, form: _Form) -> Tensor | float:
+        """G · s with each adapter's column repeated rank times: (rows, Σr), or one number if that is all there is."""
+        return _kept(self._coefficients, form, lambda: self._expand(form))
+
+    def gated_sum(self, slots: Sequence[tuple[int, Slot]], of: Callable[[Slot], Tensor | None]) -> Tensor | None:
+        """Σₖ gₖ vₖ over the vectors v (d,) that `of` finds in the slots: (rows, d), or None if there is none."""
+        vectors = [(index, vector) for index, slot in slots if (vector := of(slot)) is not None]
+        if not vectors:
+            return None
+        return self.gates[:, [index for index, _ in vectors]] @ torch.stack([vector for _, vector in vectors])
+
+    def rows_of(self, present: Sequence[int]) -> list[list[tuple[int, float]]]:
+        """For each row, (place in `present`, weight) of the adapters it uses."""
+        place = {index: at for at, index in enumerate(present)}
+        return [[(place[index], weight) for index, weight in row if index in place] for row in self._chosen]
+
+    def _share(self, module: Slotted) -> Share | None:
+        slots = [(index, module.slots[key]) for index, key in enumerate(self.adapters) if key in module.slots]
+        return Share(self, module.path, slots) if slots else None
+
+    def _expand(self, form: _Form) -> Tensor | float:
+        if self._uniform and len(form.present) == 1:
+            return float(self.gates[0, form.present[0]]) * form.scalings[0]
+        scaled = self.gates[:, list(form.present)] * self.gates.new_tensor(form.scalings)
+        return scaled.repeat_interleave(torch.tensor(form.ranks, device=scaled.device), dim=1)
+
+
+class Share:
+    """What the adapters of one batch add at one module."""
+
+    def __init__(self, plan: Plan, path: str, slots: Sequence[tuple[int, Slot]]) -> None:
+        self._plan = plan
+        self._path = path
+        low_ranks = [(index, slot.low_rank) for index, slot in slots if slot.low_rank is not None]
+        self._adapters: list[LowRank] = [low_rank for _, low_rank in low_ranks]
+        self._form = _Form(
+            present=tuple(index for index, _ in low_ranks),
+            ranks=tuple(low_rank.rank for _, low_rank in low_ranks),
+            scalings=tuple(low_rank.scaling for _, low_rank in low_ranks),
+        )
+        self._chosen = plan.rows_of(self._form.present)
+        self._row_rank = max(sum(self._form.ranks[at] for at, _ in row) for row in self._chosen)
+        self._total_rank = sum(self._form.ranks)
+        self._rescale = plan.gated_sum(slots, lambda slot: slot.rescale)
+        self._bias = plan.gated_sum(slots, lambda slot: slot.bias)
+        self._concatenated: Concatenated | None = None
+        self._by_row: ByRow | None = None
+
+    def add(self, y: Tensor, x: Tensor, base_bias: Tensor | None) -> Tensor:
+        """Add to the base's output y (rows, …, d_out) for its input x (rows, …, d_in); y is overwritten."""
+        self.check_rows(x)
+        change = self._vector_change(y, base_bias)
+        if self._adapters:
+            y = kernels.add_by_row(y, x, self._in_rows()) if self._prefers_rows(x) else self.add_low_rank(y, x)
+        return y if change is None else y.add_(change)
+
+    def add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add the low-rank sum alone, by the concatenated layout."""
+        layout = self.concatenated()
+        return kernels.add_up(y, torch.nn.functional.linear(x, layout.a), layout)
+
+    def concatenated(self) -> Concatenated:
+        """The concatenated layout."""
+        if self._concatenated is None:
+            self._concatenated = kernels.concatenate(self._adapters, self._plan.coefficients(self._form))
+        return self._concatenated
+
+    def check_rows(self, x: Tensor) -> None:
         """Raise `GateError` unless x's first dimension is the batch's rows, without which gates have no meaning."""
-        if x.dim() < 2 or x.shape[0] != self.rows:
+        if x.dim() < 2 or x.shape[0] != self._plan.rows:
             raise GateError(
-                f"module {module.path!r}: expected an input of {self.rows} rows, got shape {tuple(x.shape)}, "
+                f"module {self._path!r}: expected an input of {self._plan.rows} rows, got shape {tuple(x.shape)}, "
                 "so its rows cannot be told apart"
             )
 
-    def has_low_rank(self, module: Wrapper) -> bool:
-        """Whether any adapter of the batch has a B A at `module`."""
-        return any(self._shape(module).ranks)
+    def _in_rows(self) -> ByRow:
+        if self._by_row is None:
+            self._by_row = kernels.lay_by_row(self._adapters, self._chosen, self._row_rank)
+        return self._by_row
 
-    def prefers_rows(self, module: Wrapper, x: Tensor) -> bool:
-        """Whether the by-row layout is the cheaper one for an input x (rows, …, d_in)."""
-        if self.gates.requires_grad:
+    def _prefers_rows(self, x: Tensor) -> bool:
+        """Whether the by-row layout is the cheaper one for x (rows, …, d_in)."""
+        if self._total_rank == self._row_rank or self._plan.gates.requires_grad:
             return False
-        ranks = self._shape(module).ranks
-        return kernels.prefer_rows(self.rows, x[0].numel() // x.shape[-1], sum(ranks), self._row_rank(ranks))
+        tokens = x.numel() // (x.shape[0] * x.shape[-1])
+        return kernels.prefer_rows(self._plan.rows, tokens, self._total_rank, self._row_rank)
 
-    def concatenated(self, module: Wrapper) -> Concatenated:
-        """The concatenated layout at `module`."""
-        return _kept(self._concatenated, module.path, lambda: self._concatenate(module))
-
-    def by_row(self, module: Wrapper) -> ByRow:
-        """The by-row layout at `module`."""
-        return _kept(self._by_row, module.path, lambda: self._lay_by_row(module))
-
-    def vectors(self, module: LoRALinear | LoRABias) -> tuple[Tensor | None, Tensor | None]:
-        """Gated sums of the adapters' `rescale` and `bias` at `module`, each (rows, d_out) or None."""
-        return _kept(
-            self._vectors,
-            module.path,
-            lambda: (
-                self._gated_sum(module, lambda slot: slot.rescale),
-                self._gated_sum(module, lambda slot: slot.bias),
-            ),
-        )
-
-    def _slots(self, module: Wrapper) -> list[tuple[int, LowRank]]:
-        found = ((index, module.slots.get(key)) for index, key in enumerate(self.adapters))
-        return [(index, slot.low_rank) for index, slot in found if slot is not None and slot.low_rank is not None]
-
-    def _shape(self, module: Wrapper) -> _Shape:
-        return _kept(self._shapes, module.path, lambda: self._shape_of(module))
-
-    def _shape_of(self, module: Wrapper) -> _Shape:
-        ranks, scalings = [0] * len(self.adapters), [0.0] * len(self.adapters)
-        for index, low_rank in self._slots(module):
-            ranks[index], scalings[index] = low_rank.rank, low_rank.scaling
-        return _Shape(tuple(ranks), tuple(scalings))
-
-    def _row_rank(self, ranks: tuple[int, ...]) -> int:
-        return _kept(
-            self._row_ranks, ranks, lambda: max((sum(ranks[k] for k, _ in row) for row in self._chosen), default=0)
-        )
-
-    def _concatenate(self, module: Wrapper) -> Concatenated:
-        shape = self._shape(module)
-        coefficients = _kept(self._coefficients, shape, lambda: self._expand(shape))
-        return kernels.concatenate([low_rank for _, low_rank in self._slots(module)], coefficients)
-
-    def _expand(self, shape: _Shape) -> Tensor | float:
-        """G · s with each adapter's column repeated rank times: (rows, Σr), or one number if that is all there is."""
-        present = [index for index, rank in enumerate(shape.ranks) if rank]
-        if self._uniform and len(present) == 1:
-            return float(self.gates[0, present[0]]) * shape.scalings[present[0]]
-        scaled = self.gates[:, present] * self.gates.new_tensor([shape.scalings[index] for index in present])
-        return scaled.repeat_interleave(torch.tensor([shape.ranks[i] for i in present], device=scaled.device), dim=1)
-
-    def _lay_by_row(self, module: Wrapper) -> ByRow:
-        slots = self._slots(module)
-        position = {index: place for place, (index, _) in enumerate(slots)}
-        gates = [[(position[k], weight) for k, weight in row if k in position] for row in self._chosen]
-        rank = self._row_rank(self._shape(module).ranks)
-        return kernels.lay_by_row([low_rank for _, low_rank in slots], gates, rank, slots[0][1].a)
-
-    def _gated_sum(self, module: Wrapper, of: Callable[[Slot], Tensor | None]) -> Tensor | None:
-        found = [(index, module.slots.get(key)) for index, key in enumerate(self.adapters)]
-        vectors = [(index, of(slot)) for index, slot in found if slot is not None]
-        present = [(index, vector) for index, vector in vectors if vector is not None]
-        if not present:
+    def _vector_change(self, y: Tensor, base_bias: Tensor | None) -> Tensor | None:
+        """DoRA's rescaling of the base output without its bias, plus the change of bias; None if there is neither."""
+        if self._rescale is None and self._bias is None:
             return None
-        return self.gates[:, [index for index, _ in present]] @ torch.stack([vector for _, vector in present])
+        change = torch.zeros_like(y) if self._bias is None else _spread(self._bias, y).expand_as(y)
+        if self._rescale is None:
+            return change
+        return torch.addcmul(change, _spread(self._rescale, y), y if base_bias is None else y - base_bias)
+
+
+def _spread(vectors: Tensor, like: Tensor) -> Tensor:
+    """(rows, d) → (rows, 1 …, d) with as many dimensions as `like`."""
+    return vectors.view(vectors.shape[0], *[1] * (like.dim() - 2), vectors.shape[1])
 
 
 _K = TypeVar("_K")

@@ -19,7 +19,7 @@ from arrowmoe.features import Features, Featurizer, Vectors
 from arrowmoe.routing.gates import Candidate, Decision, Gates
 from arrowmoe.routing.index import PrototypeIndex
 
-DEFAULT_THRESHOLD = 0.45
+DEFAULT_THRESHOLD = 0.30
 DEFAULT_TEMPERATURE = 0.1
 SHOWN_CANDIDATES = 5
 

@@ -13,7 +13,7 @@ from scripts.demo_cards.splits import Labelled, Pair
 
 COMMAND: Final = "python -m scripts.demo_cards.train --out DIR"
 LICENCE: Final = "Apache-2.0"
-EXAMPLE_COUNT: Final = 12
+EXAMPLE_COUNT: Final = 24
 EXAMPLE_SEED: Final = 7
 
 Entry = dict[str, Any]

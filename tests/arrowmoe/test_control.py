@@ -212,9 +212,9 @@ def test_a_home_is_held_once_and_says_by_whom(server: ControlServer, tmp_path: P
     with home_lock(tmp_path):
         record_of(server, address="127.0.0.1:4711").write(tmp_path)
         assert is_held(tmp_path)
-        with pytest.raises(HomeHeldError, match=rf"held by process {os.getpid()} since .*127\.0\.0\.1:4711") as caught:
-            with home_lock(tmp_path):
-                pass
+        holder = rf"held by process {os.getpid()} since .*127\.0\.0\.1:4711"
+        with pytest.raises(HomeHeldError, match=holder) as caught, home_lock(tmp_path):
+            pass
         assert "node stop" in str(caught.value.hint)
         assert running_node(tmp_path) is not None
     assert not is_held(tmp_path)

@@ -114,6 +114,12 @@ def test_an_endless_inventory_ends(page: bytes, monkeypatch: pytest.MonkeyPatch)
     assert drawn <= 2001
 
 
+def test_an_inventory_ends_at_its_bytes_however_few_its_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_INVENTORY_BYTES", 3_000_000)
+    with pytest.raises(PeerError, match="at most 3000000 bytes"):
+        wire.decode_inventory([b" " * 900_000 + b'{"cards":[]}'] * 4)
+
+
 @given(st.sets(st.binary(max_size=4)), st.sets(st.binary(max_size=4)))
 def test_the_state_is_that_of_the_set(one: set[bytes], other: set[bytes]) -> None:
     first, second = [digest_of(data) for data in one], [digest_of(data) for data in other]

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from registry.card import LoRACard
 from registry.digest import digest_of
+from registry.errors import CardError
 from registry.flatbuf import Table
-from registry.format import SCHEMA, card_batches, card_schema
+from registry.format import SCHEMA, LoRAFormat, card_batches, card_schema
 from registry.manifest import Manifest, manifest_bytes
 from registry.tensor import Tensor
 
@@ -82,3 +84,10 @@ def offsets_of(tensors: Iterable[Tensor]) -> list[int]:
     for tensor in tensors:
         ends.append(ends[-1] + tensor.nbytes)
     return ends
+
+
+def refused(path: Path, kind: type[CardError], match: str) -> None:
+    """Refused in the same way however the file is read, and although nobody asked for verification."""
+    for memory_map in (True, False):
+        with pytest.raises(kind, match=match):
+            LoRAFormat.load(path, memory_map=memory_map, verify=False)

@@ -204,6 +204,15 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_saving_never_follows_a_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    (tmp_path / "card.lora.arrow").symlink_to(outside)
+    LoRAFormat.save(small_card(), tmp_path / "card.lora.arrow")
+    assert outside.read_bytes() == b"precious"
+    assert not (tmp_path / "card.lora.arrow").is_symlink()
+
+
 KILLED_WRITER = """
 import os, signal, sys
 import registry.format

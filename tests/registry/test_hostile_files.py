@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import struct
 import subprocess
@@ -17,17 +16,17 @@ import pyarrow as pa
 import pytest
 
 from registry.card import LoRACard
-from registry.errors import CardError, CardFormatError, CardIntegrityError, CardLimitError, ManifestError
-from registry.format import SCHEMA, LoRAFormat, card_batches, card_schema
+from registry.errors import CardError, CardFormatError, CardIntegrityError, CardLimitError
+from registry.format import SCHEMA, LoRAFormat, card_batches
 from registry.identity import Identity
 from registry.tensor import Role, Tensor
 from tests.registry.cards import module_shapes, small_card
 from tests.registry.hostile import (
     BLOCK,
     blocks_of,
-    edited,
     footer_of,
     offsets_of,
+    refused,
     replaced_once,
     with_first_tensor,
     write,
@@ -37,13 +36,6 @@ from tests.registry.hostile import (
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "card.lora.arrow"
-
-
-def refused(path: Path, kind: type[CardError], match: str) -> None:
-    """Refused in the same way however the file is read, and although nobody asked for verification."""
-    for memory_map in (True, False):
-        with pytest.raises(kind, match=match):
-            LoRAFormat.load(path, memory_map=memory_map, verify=False)
 
 
 def test_the_helper_itself_writes_a_card(path: Path) -> None:
@@ -308,96 +300,13 @@ def test_an_empty_batch_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"ARROW1", b"PAR1" * 100, b"\x93NUMPY" * 100, b"ARROW1\0\0" + bytes(80) + b"ARROW1"]
+    "content",
+    [b"", b"ARROW1", b"PAR1" * 100, b"\x93NUMPY" * 100, b"ARROW1\0\0" + bytes(80) + b"ARROW1"],
+    ids=["empty", "magic", "parquet", "numpy", "zeros"],
 )
 def test_other_files_are_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    refused(path, CardError, "expected")
-
-
-# The manifest.
-
-
-def change(*keys: str | int, to: object) -> Any:
-    def edit(fields: Any) -> None:
-        for key in keys[:-1]:
-            fields = fields[key]
-        fields[keys[-1]] = to
-
-    return edit
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        change("name", to="../../etc/passwd"),
-        change("name", to="x" * 97),
-        change("name", to="a/b"),
-        change("name", to="new\nline"),
-        change("version", to="../1"),
-        change("tensors", 0, "name", to="m" * 513),
-        change("tensors", 0, "name", to=""),
-        change("tensors", 0, "shape", to=[1 << 41, 1]),
-        change("tensors", 0, "shape", to=[-4, -8]),
-        change("tensors", 0, "nbytes", to=1),
-        change("tensors", 0, "digest", to="blake3:" + "A" * 64),
-        change("tensors", 0, "dtype", to="float64"),
-        change("tensors", to=[]),
-        change("adapter", "rank", to=3),
-        change("base", "fingerprint", to="blake3:" + "0" * 64),
-        change("format", to=2),
-        change("description", to="x" * 20_000),
-        change("created", to="yesterday"),
-    ],
-)
-def test_a_manifest_that_lies_is_refused(path: Path, edit: Any) -> None:
-    write(path, small_card(), metadata=edited(small_card(), edit))
-    refused(path, ManifestError, "expected|differ")
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (b'"name":"sample"', b'"name":"sample","name":"other"'),
-        (b'"rank":4', b'"rank":4,"rank":4'),
-        (b'"alpha":8.0', b'"alpha":NaN'),
-        (b'"alpha":8.0', b'"alpha":1e999'),
-        (b'"description":""', b'"description":"\xff"'),
-        (b'"description":""', b'"description":"\\ud800"'),
-        (b'"training":{}', b'"training":' + b"[" * 100_000 + b"]" * 100_000),
-        (b'"training":{}', b'"training":{"x":' + b"1" * 5_000 + b"}"),
-    ],
-    ids=["name twice", "rank twice", "NaN", "infinite", "no UTF-8", "half a surrogate", "deep", "long number"],
-)
-def test_a_manifest_that_is_no_plain_json_is_refused(path: Path, old: bytes, new: bytes) -> None:
-    data = small_card(description="", training={}).manifest_bytes
-    write(path, small_card(), metadata={b"arrowmoe.manifest": data.replace(old, new, 1)})
-    assert old in data
-    refused(path, ManifestError, "not of the expected form")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("tensors", [{}] * 300_000), ("domains", [0] * 400_000), ("rank_pattern", {str(i): "x" for i in range(70_000)})],
-)
-def test_a_manifest_full_of_errors_takes_little_memory(key: str, value: object) -> None:
-    # pydantic collects every error: without FailFast the first of these took 2 GiB.
-    code = """
-import json, resource, sys
-from registry.errors import ManifestError
-from registry.manifest import Manifest
-data = sys.stdin.buffer.read()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    Manifest.parse(data)
-except ManifestError:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-    fields = json.loads(small_card().manifest_bytes)
-    (fields["adapter"] if key == "rank_pattern" else fields)[key] = value
-    data = json.dumps(fields, separators=(",", ":")).encode()
-    result = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
-    assert int(result.stdout) * 1024 < 64 << 20
+    refused(path, CardError, "expected|damaged")
 
 
 # Weights and signatures.
@@ -487,16 +396,3 @@ def test_a_device_is_refused() -> None:
 
 def test_an_oversize_path_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / ("x" * 300), CardFormatError, "too long")
-
-
-def test_saving_never_follows_a_link(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.write_bytes(b"precious")
-    (tmp_path / "card.lora.arrow").symlink_to(outside)
-    LoRAFormat.save(small_card(), tmp_path / "card.lora.arrow")
-    assert outside.read_bytes() == b"precious"
-    assert not (tmp_path / "card.lora.arrow").is_symlink()
-
-
-def test_card_schema_is_what_the_files_hold(path: Path) -> None:
-    assert pa.ipc.open_file(saved(small_card(), path)).schema.equals(card_schema(small_card()), check_metadata=True)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import registry as package
 from registry.card import LoRACard
+from registry.catalog import Catalog
 from registry.errors import (
     CardError,
     CardIntegrityError,
@@ -24,7 +26,7 @@ from registry.errors import (
 )
 from registry.format import LoRAFormat
 from registry.identity import Identity
-from registry.store import Origin, Registry
+from registry.store import CardEntry, Origin, Registry
 from tests.registry.cards import small_card
 
 PEER = Origin(peer_id="0" * 32, address="192.0.2.1:8815")
@@ -262,6 +264,43 @@ def test_verifying_a_stray_damaged_file_does_not_touch_it(registry: Registry, ho
     assert str(stray) in str(report.hint)
 
 
+def test_what_stopped_between_file_and_row_is_undone_at_the_next_start(
+    registry: Registry, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = registry.publish(small_card("kept"))
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("registry.catalog.Catalog.add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registry.publish(small_card())
+    monkeypatch.setattr("registry.blobs.FileBlobStore.delete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        registry.remove("kept")
+    monkeypatch.undo()
+    assert len([path for path in files(home) if path.suffix == ".arrow"]) == 2
+    with Registry.open(home) as again:
+        assert again.list() == []
+        assert files(home) == []
+        assert again.publish(small_card("kept")).digest == kept.digest
+
+
+def test_opening_leaves_alone_what_another_is_at(
+    registry: Registry, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Catalog.add
+
+    def opened_meanwhile(*args: Any, **settings: Any) -> CardEntry:
+        with Registry.open(home) as another:
+            assert another.list() == []
+        return add(*args, **settings)
+
+    monkeypatch.setattr(Catalog, "add", opened_meanwhile)
+    registry.publish(small_card())
+    assert registry.verify()[0].ok
+
+
 # Homes --------------------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +358,7 @@ def test_every_exported_name_is_there() -> None:
     for name in package.__all__:
         assert getattr(package, name).__name__ == name
     with pytest.raises(AttributeError, match="no_such_name"):
-        package.no_such_name  # noqa: B018
+        getattr(package, "no_such_name")  # noqa: B009
 
 
 def test_the_floor_knows_neither_torch_nor_flight() -> None:
