@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
-import structlog
 import torch
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -33,8 +32,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from arrowmoe.errors import ModelLoadError
 from registry.digest import digest_of, hex_of
+from registry.logs import get_logger
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 Kind = Literal["causal", "encoder"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

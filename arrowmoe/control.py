@@ -26,9 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
-import structlog
-
 from registry.errors import ArrowMoEError, HomeError
+from registry.logs import get_logger
 
 LOCK_FILE = "node.lock"
 RECORD_FILE = "node.json"
@@ -43,7 +42,7 @@ LOCK_PATIENCE_S = 1.0
 
 Progress = Callable[[Mapping[str, Any]], None]
 Handler = Callable[[Mapping[str, Any], Progress], Any]
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class NodeError(ArrowMoEError):

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 import arrowmoe
 from arrowmoe.errors import EngineError
 from arrowmoe.settings import Settings
@@ -22,6 +20,7 @@ from federation.wire import InventoryEntry
 from registry.card import LoRACard
 from registry.digest import Digest
 from registry.errors import ArrowMoEError
+from registry.logs import get_logger
 from registry.store import Registry
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from arrowmoe.generation import Generation
     from arrowmoe.routing import Gates, LoRARouter
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ class Inference:
         engine = self.engine(base, kind="encoder")
         self._forget_removed(engine)
         if adapter == "auto":
-            adapter = self._current_router().route_texts(texts, base=engine.name)
+            adapter = self._routed(engine, texts)
         return engine.encode_with_lora(texts, adapter=adapter)
 
     def refresh(self) -> None:
@@ -147,6 +146,15 @@ class Inference:
     def models(self) -> list[dict[str, Any]]:
         """Each model, its state (waiting, loading, ready, error), and the adapters it holds."""
         return [self._model_state(model, future) for model, future in self._engines.items()]
+
+    def _routed(self, engine: ArrowEngine, texts: Sequence[str]) -> Gates:
+        """Gates for `texts` on `engine`, with every card that they name at hand."""
+        router = self._current_router()
+        gates = router.route_texts(texts, base=engine.name)
+        for digest in gates.adapters:
+            if self._fetch is not None and router.is_virtual(digest):
+                engine.load_lora(self._fetch(digest))
+        return gates
 
     def _model_state(self, model: str, future: Future[ArrowEngine]) -> dict[str, Any]:
         error = future.exception() if future.done() else None

@@ -17,16 +17,10 @@ import structlog
 from structlog.typing import Processor
 
 from arrowmoe.settings import LogSettings
+from registry.logs import SHARED
 
 LOG_DIRECTORY = "logs"
 LOG_FILE = "arrowmoe.log"
-
-_SHARED: tuple[Processor, ...] = (
-    structlog.contextvars.merge_contextvars,
-    structlog.stdlib.add_logger_name,
-    structlog.stdlib.add_log_level,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
-)
 
 
 def log_path(home: Path) -> Path:
@@ -46,9 +40,8 @@ def logging_to(
     if home is not None and settings.file:
         handlers.append(_file_handler(settings, log_path(home)))
     root = logging.getLogger()
-    before = root.level, structlog.get_config()
+    before = root.level
     root.setLevel(min(handler.level for handler in handlers))
-    _configure()
     for handler in handlers:
         root.addHandler(handler)
     try:
@@ -58,22 +51,7 @@ def logging_to(
             root.removeHandler(handler)
             if handler is not console:
                 handler.close()
-        root.setLevel(before[0])
-        structlog.configure(**before[1])
-
-
-def _configure() -> None:
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *_SHARED,
-            structlog.processors.StackInfoRenderer(),
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,  # module loggers outlive a test's, or a command's, configuration
-    )
+        root.setLevel(before)
 
 
 def _file_handler(settings: LogSettings, path: Path) -> logging.Handler:
@@ -92,7 +70,7 @@ def _formatter(*, human: bool, colours: bool) -> logging.Formatter:
     else:
         rendered = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     return structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=_SHARED,
+        foreign_pre_chain=SHARED,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendered],
     )
 

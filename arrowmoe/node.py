@@ -15,8 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-import structlog
-
 from arrowmoe.control import ControlServer, NodeError, NodeRecord, home_lock, make_home, now
 from arrowmoe.inference import Inference, Offer
 from arrowmoe.operations import node_handlers
@@ -31,6 +29,7 @@ from registry.card import LoRACard
 from registry.digest import Digest
 from registry.entries import Origin
 from registry.errors import ArrowMoEError
+from registry.logs import get_logger
 from registry.store import Registry
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 PROBE_TIMEOUT_S = 3.0
 END_TIMEOUT_S = 10.0
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Node:
@@ -116,7 +115,7 @@ class Node:
 
     def status(self) -> dict[str, Any]:
         """What the node is doing, as JSON."""
-        record = self.record
+        record, here = self.record, self.registry.digests()
         return {
             "running": True,
             "name": record.name,
@@ -126,8 +125,8 @@ class Node:
             "pid": record.pid,
             "started": record.started,
             "uptime_s": round(time.monotonic() - self._started_s, 1),
-            "cards": len(self.registry.digests()),
-            "offers": len(self.inference.offers),
+            "cards": len(here),
+            "offers": len(self.inference.offers.keys() - here),
             "discovery": self._discovery_state,
             "models": self.inference.models(),
         }

@@ -137,6 +137,8 @@ class LoRAFlightClient:
     def _connect(self, max_message_bytes: int) -> flight.FlightClient:
         options = [
             ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.http2.bdp_probe", 0),  # else gRPC reads ahead as far as it likes: a whole card of 64 MiB was seen
+            ("grpc.http2.lookahead_bytes", limits.READ_AHEAD_BYTES),
             ("grpc.enable_http_proxy", 0),  # a peer is on this network, a proxy of the environment is not
             ("grpc.use_local_subchannel_pool", 1),  # else a new client inherits an old one's back-off
         ]

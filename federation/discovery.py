@@ -14,15 +14,15 @@ from contextlib import ExitStack
 from typing import Self
 
 import ifaddr
-import structlog
 from zeroconf import Error as ZeroconfError
 from zeroconf import InterfaceChoice, IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
 
 from federation.errors import DiscoveryError
 from federation.peer import Peer, is_loopback
 from federation.wire import PROTOCOL_VERSION, SERVICE_TYPE
+from registry.logs import get_logger
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _LOOPBACK = "127.0.0.1"
 _RESOLVE_TIMEOUT_MS = 1500
 _NODE_ID = re.compile(r"[0-9a-f]{32}")

@@ -1,8 +1,8 @@
 """Every limit that a node sets to what its peers can make it do, with its unit.
 
-A client's memory under a hostile peer stays under `MAX_MESSAGE_BYTES` for each call in progress, plus the tensor bytes
-of the one card being fetched, which are checked against `MAX_CARD_BYTES` before the first of them is read. One hole is
-known: Arrow inflates a compressed batch before we can look at it (docs/federation.md).
+A client's memory under a hostile peer stays under `MAX_MESSAGE_BYTES` and `READ_AHEAD_BYTES` for each call in progress,
+plus the tensor bytes of the one card being fetched, which are checked against `MAX_CARD_BYTES` before the first of them
+is read. One hole is known: Arrow inflates a compressed batch before we can look at it (docs/federation.md).
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ SLOWEST_BYTES_PER_S = 256 * 1024
 
 MAX_MESSAGE_BYTES = 16 << 20
 """One Flight message as it is received. A card with a larger tensor is fetched again with room for just that tensor."""
+
+READ_AHEAD_BYTES = 4 << 20
+"""What a client lets arrive on one stream before it has looked at what came already."""
 
 MESSAGE_OVERHEAD_BYTES = 1 << 20
 """Room in a message for what stands around a tensor's bytes."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-import structlog
 from pyarrow import flight
 
 from federation import limits, wire
@@ -27,9 +26,10 @@ from federation.peer import format_address, is_loopback
 from registry.digest import Digest
 from registry.entries import CardEntry
 from registry.errors import AmbiguousCardError, ArrowMoEError, UnknownCardError
+from registry.logs import get_logger
 from registry.store import Registry
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class LoRAFlightServer:

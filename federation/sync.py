@@ -11,8 +11,6 @@ from collections.abc import Callable, Collection, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-import structlog
-
 from federation import diff, limits, wire
 from federation.client import LoRAFlightClient
 from federation.errors import FederationError, PeerError
@@ -21,9 +19,10 @@ from federation.wire import InventoryEntry
 from registry.digest import Digest
 from registry.entries import CardEntry, Origin
 from registry.errors import ArrowMoEError
+from registry.logs import get_logger
 from registry.store import Registry
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 SyncMemory = MutableMapping[str, tuple[str, str]]
 """By node id, this node's and the peer's state when nothing was missing between them."""

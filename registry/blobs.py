@@ -9,15 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-import structlog
-
 from registry.card import LoRACard
 from registry.digest import Digest, hex_of, is_digest
 from registry.errors import CardError, CardIntegrityError, MissingFileError, UnknownCardError
 from registry.files import DRAFT_SUFFIX
 from registry.format import SUFFIX, LoRAFormat
+from registry.logs import get_logger
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class BlobStore(Protocol):

@@ -13,12 +13,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from sqlalchemy import URL, Connection, Engine, MetaData, Table, create_engine, event, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.orm import Session
 
 from registry.errors import HomeError, RegistryError
+from registry.logs import get_logger
 from registry.tables import HEAD_REVISION
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _BUSY_TIMEOUT_S = 30
 _WRITER_LOCK = 0x6172726F776D6F65
 """Key of PostgreSQL's advisory lock; "arrowmoe" in ASCII."""
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Database:

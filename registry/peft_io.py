@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import structlog
-
 from registry.errors import CardFormatError, CardLimitError, RegistryError, UnsupportedAdapterError
 from registry.files import written_whole
+from registry.logs import get_logger
 from registry.manifest import AdapterSpec, Manifest
 from registry.peft_config import PeftSettings, config_of, logical_base
 from registry.peft_keys import Layout, Place, keys_of, place_of
@@ -32,7 +31,7 @@ MAX_WEIGHTS_BYTES = 8 << 30
 _METADATA = {"format": "pt"}
 _BASE = "base_model_name_or_path"
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from registry.blobs import BlobStore, FileBlobStore
@@ -27,6 +26,7 @@ from registry.entries import CardEntry, Origin, VerifyReport
 from registry.errors import CardError, HomeError, MissingFileError, RegistryError, UnknownCardError
 from registry.format import LoRAFormat
 from registry.identity import Identity
+from registry.logs import get_logger
 from registry.manifest import CardName, CardVersion
 from registry.pending import Pending
 
@@ -36,7 +36,7 @@ _CARDS, _TMP, _CATALOG = "cards", "tmp", "catalog.sqlite"
 _NAME: TypeAdapter[str] = TypeAdapter(CardName)
 _VERSION: TypeAdapter[str] = TypeAdapter(CardVersion)
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 Entries = list[CardEntry]  # within the class `list` is its method
 Reports = list[VerifyReport]
@@ -222,7 +222,7 @@ _ON_DAMAGE = "import the card again from where it came, or remove it and sync it
 
 def _make_home(home: Path) -> None:
     """The directories of a home; those that are there stay as they are."""
-    home.mkdir(mode=0o700, exist_ok=True)
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
     for name in (_CARDS, _TMP):
         (home / name).mkdir(mode=0o700, exist_ok=True)
     if not os.access(home, os.W_OK | os.X_OK):
@@ -234,10 +234,6 @@ def _home_errors(home: Path) -> Iterator[None]:
     """What the file system says while a home is opened, as `HomeError`."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise HomeError(
-            f"cannot make the home {home}: {home.parent} does not exist", hint=f"mkdir -p {home.parent}"
-        ) from error
     except (FileExistsError, NotADirectoryError) as error:
         raise HomeError(
             f"expected a directory as home, got the file {error.filename}", hint="use another --home"

@@ -20,6 +20,11 @@ app = group()
 WIDTH = 96
 METRICS = {"exact_match": "exact match", "nearest_neighbour_accuracy": "nearest neighbour"}
 TERMINATED = 143
+NEXT = (
+    ("arrowmoe skills import DIR --description TEXT", "make a card of your own PEFT adapter"),
+    ("arrowmoe node start --base builtin:smollm2", "run a node that shares it and answers"),
+    ("arrowmoe ask TEXT", "ask that node, from another terminal"),
+)
 
 
 @app.command()
@@ -29,9 +34,9 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Keep both nodes' homes, and say where they are.")] = False,
 ) -> None:
     """Show the main job: two nodes share cards, and answer prompts with the ones that fit. Offline, about a minute."""
-    out = app_of(context).out
-    teller = Teller(out)
-    with _ended_by_sigterm(), closing(story.run(fast=fast, keep=keep)) as events:
+    invocation = app_of(context)
+    out, teller = invocation.out, Teller(invocation.out)
+    with invocation.logging(), _ended_by_sigterm(), closing(story.run(fast=fast, keep=keep)) as events:
         for event in _watched(out, events):
             teller.tell(event)
     out.result(teller.report, lambda: None, quiet=[f"{teller.report['ended']['seconds']:.1f}"])
@@ -56,8 +61,8 @@ class Teller:
         self.report["started"] = asdict(event)
         self._heading(1, "Two nodes, each a process with a home of its own")
         for node in event.nodes:
-            does = f"loads {' and '.join(node.bases)}" if node.bases else "has no base model: it only keeps and serves"
-            self._line(f"{node.name}  {node.address}  id {short(node.node_id)}  {node.cards} cards; {does}")
+            does = f"loads {' and '.join(node.bases)}" if node.bases else "no base model, it serves cards only"
+            self._line(f"{node.name}  {node.address}  id {short(node.node_id)}  {node.cards} cards  {does}")
 
     @tell.register
     def _(self, event: story.Found) -> None:
@@ -96,12 +101,12 @@ class Teller:
         self.report["answers"].append(asdict(event))
         self._line()
         self._line(f"{event.number}  {event.prompt}")
-        asked = f"{event.score:.2f} where {event.threshold:.2f} is asked"
+        score = f"{event.score:.2f}, asked {event.threshold:.2f}"
         if event.card is None:
-            self._said("card", f"none fits ({event.nearest} scores {asked}): the bare base model answers")
-            self._said("answer", event.answer)
+            self._said("card", f"none fits: {event.nearest} is nearest ({score}), so the bare base model answers")
+            self._said("without", event.answer)
             return
-        self._said("card", f"{event.card} ({asked})")
+        self._said("card", f"{event.card} ({score})")
         self._said("without", event.bare)
         self._said("with", event.answer, style="green")
 
@@ -124,9 +129,8 @@ class Teller:
             self._line(f"Their homes are kept under {event.kept}", indent=0)
         self._line()
         self._line("Try next", indent=0, style="bold")
-        self._line("arrowmoe skills import DIR --description TEXT   make a card of your own PEFT adapter")
-        self._line("arrowmoe node start --base builtin:smollm2      run a node that shares it and answers")
-        self._line("arrowmoe ask 'Give the ISO date: May 4th, 2025'  ask that node, from another terminal")
+        for command, does in NEXT:
+            self._line(f"{command:<48} {does}")
 
     def _heading(self, number: int, text: str) -> None:
         if number > 1:
@@ -135,7 +139,7 @@ class Teller:
 
     def _said(self, what: str, text: str, style: str = "") -> None:
         words = " ".join(text.split()) or "(nothing)"
-        self._line(f"   {what:<8} {textwrap.shorten(words, WIDTH - 16, placeholder=' …')}", style=style)
+        self._line(f"   {what:<8} {textwrap.shorten(words, WIDTH - 15, placeholder=' …')}", style=style)
 
     def _line(self, text: str = "", *, indent: int = 3, style: str = "") -> None:
         if self._out.mode == "human":

@@ -15,7 +15,7 @@ from arrowmoe.demo.nodes import NodeProcess
 from arrowmoe.demo.scores import Vectors, nearest_labels, share
 from arrowmoe.demo.shipped import BASES, PROMPTS, Prompt, ShippedCard, spread
 
-ANSWER_TOKENS, SCORE_TOKENS = 40, 24
+ANSWER_TOKENS, SCORE_TOKENS = 32, 24
 
 
 def answers(node: NodeProcess, cards: Sequence[ShippedCard]) -> Iterator[Answered]:

@@ -59,9 +59,13 @@ class NodeProcess:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
         return "\n".join(lines[-LOG_LINES:]) or "nothing"
 
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, and do not wait."""
+        self._process.terminate()
+
     def end(self) -> None:
         """End the node as SIGTERM does, or else by force."""
-        self._process.terminate()
+        self.ask_to_end()
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -40,6 +40,7 @@ class Prompt:
     card: str | None
 
 
+# Written for the demo, in no training or held-out set; its evidence is the scores, these show what they mean.
 PROMPTS = (
     Prompt(
         text="Write the date in ISO format: We moved to Lisbon on the 9th of October 2019.",
@@ -47,7 +48,7 @@ PROMPTS = (
         card="iso-dates",
     ),
     Prompt(
-        text="Triage this support ticket: I was charged twice for one order. Please help at once.",
+        text="Triage this support ticket: I was charged twice. This is very urgent.",
         kind="causal",
         card="ticket-triage",
     ),
@@ -57,12 +58,8 @@ PROMPTS = (
         card="ticket-triage",
     ),
     Prompt(text="Write a haiku about autumn leaves.", kind="causal", card=None),
-    Prompt(
-        text="This espresso machine is a disappointment from start to finish.",
-        kind="encoder",
-        card="review-verdict",
-    ),
-    Prompt(text="webhook-sender: 3 retries left, endpoint answers slowly", kind="encoder", card="log-severity"),
+    Prompt(text="The hammock tore within a week.", kind="encoder", card="review-verdict"),
+    Prompt(text="object-storage: write of block 77 failed, data is lost", kind="encoder", card="log-severity"),
 )
 
 

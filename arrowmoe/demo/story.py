@@ -53,6 +53,8 @@ def run(*, fast: bool = False, keep: bool = False) -> Generator[Event, None, Non
         yield Waiting(text="starting two nodes")
         _publish(cards, directory / "demo-a")
         a = stack.enter_context(node_process("demo-a", directory))
+        stack.callback(b.ask_to_end)  # both at once; what entered first waits last
+        stack.callback(a.ask_to_end)
         stack.enter_context(_explained(a, b))
         yield from _share(a, b, clock)
         yield from _load(b, clock)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import structlog
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -23,10 +22,11 @@ from arrowmoe.lora.plan import Plan
 from arrowmoe.lora.tensors import to_torch
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
+from registry.logs import get_logger
 from registry.tensor import Role
 from registry.tensor import Tensor as CardTensor
 
-log = structlog.get_logger(__name__)
+log = get_logger(__name__)
 
 Tensors = Mapping[Role, CardTensor]
 

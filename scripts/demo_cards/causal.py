@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any, Final
 
-import structlog
 import torch
 
+from registry.logs import get_logger
 from scripts.demo_cards.optim import Optimiser
 from scripts.demo_cards.recipes import Schedule
 from scripts.demo_cards.splits import Pair
@@ -18,7 +18,7 @@ MAX_NEW_TOKENS: Final = 24
 SCORING_BATCH: Final = 30
 LOG_EVERY: Final = 10
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 
 def train(model: Any, tokenizer: Any, examples: Sequence[Pair], schedule: Schedule) -> None:

@@ -10,9 +10,9 @@ import random
 from collections.abc import Sequence
 from typing import Any, Final
 
-import structlog
 import torch
 
+from registry.logs import get_logger
 from scripts.demo_cards.optim import Optimiser
 from scripts.demo_cards.recipes import Schedule
 from scripts.demo_cards.splits import Labelled
@@ -20,7 +20,7 @@ from scripts.demo_cards.splits import Labelled
 TEMPERATURE: Final = 0.1
 LOG_EVERY: Final = 10
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 
 def train(model: Any, tokenizer: Any, examples: Sequence[Labelled], schedule: Schedule) -> None:

@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from registry.card import LoRACard
 from registry.format import LoRAFormat
 
 DATA_DIRECTORY: Final = Path(__file__).parents[2] / "arrowmoe" / "demo_data"
 ABOUT: Final = ("description", "domains", "examples", "licence", "training", "evaluation")
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
 import torch
 
+from registry.logs import get_logger
 from scripts.demo_cards import adapters, bases, cards, causal, encoder
 from scripts.demo_cards.recipes import RECIPES, CausalRecipe, EncoderRecipe
 from scripts.demo_cards.splits import Labelled, Pair, Split, write_jsonl
@@ -25,7 +25,7 @@ THREADS: Final = 2
 Score = Callable[[Any], float]
 Train = Callable[[Any], None]
 
-log = structlog.get_logger()
+log = get_logger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,6 +17,14 @@ from tests.arrowmoe.tiny import base, tokenizer
 from tests.peft_models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "pyarrow", "sqlalchemy", "zeroconf")
+PROBE = """
+import json, sys
+from arrowmoe.cli.main import run
+code = run(sys.argv[2:])
+with open(sys.argv[1], "w") as file:
+    json.dump([code, sorted({name.partition(".")[0] for name in sys.modules})], file)
+"""
 
 
 def save_tiny_models(directory: Path) -> tuple[Path, Path]:
@@ -89,3 +97,21 @@ def node_process(home: Path, *args: str, **variables: str) -> Iterator[NodeProce
     finally:
         process.kill()
         process.communicate()
+
+
+def modules_after(home: Path, *args: str, **variables: str) -> set[str]:
+    """The top-level modules that a command line imports."""
+    seen = home.with_name("seen.json")
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, str(seen), *args],
+        cwd=ROOT,
+        env=environment(home) | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert seen.exists(), done.stderr
+    code, modules = json.loads(seen.read_text())
+    assert code == 0, done.stderr
+    return set(modules)

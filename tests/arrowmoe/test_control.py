@@ -176,6 +176,9 @@ def test_closing_cuts_an_answer_that_takes_too_long() -> None:
     server.close(timeout_s=0.1)
     asker.join(10)
     go.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("arrowmoe-control"):
+            thread.join(10)
     assert isinstance(errors[0], NodeNotRunningError)
 
 

@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import structlog
+import pytest
 
 from arrowmoe.logs import log_path, logging_to
 from arrowmoe.settings import LogSettings
+from registry.logs import get_logger
 
-log = structlog.get_logger("arrowmoe.test")
+log = get_logger("arrowmoe.test")
 
 
 def events(text: str) -> list[dict[str, Any]]:
@@ -73,9 +74,13 @@ def test_an_exception_is_logged_whole(tmp_path: Path) -> None:
 
 def test_without_a_file_there_is_none_and_all_is_as_before_at_the_end(tmp_path: Path) -> None:
     root = logging.getLogger()
-    handlers, level, configuration = list(root.handlers), root.level, structlog.get_config()
+    handlers, level = list(root.handlers), root.level
     with logging_to(LogSettings(file=False), home=tmp_path, stream=io.StringIO()):
         log.info("event")
     assert not (tmp_path / "logs").exists()
     assert (list(root.handlers), root.level) == (handlers, level)
-    assert structlog.get_config() == configuration
+
+
+def test_a_library_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    log.info("card_fetched", bytes=3)
+    assert capfd.readouterr() == ("", "")

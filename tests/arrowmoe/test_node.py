@@ -21,6 +21,7 @@ from federation.errors import FederationError
 from registry.card import LoRACard
 from registry.store import Registry
 from tests.arrowmoe.tiny import card_for, llama_engine
+from tests.peft_models import make_peft, tiny_bert
 from tests.registry.cards import small_card
 
 pytestmark = pytest.mark.usefixtures("no_leaked_threads")
@@ -94,6 +95,20 @@ def test_answers_equal_those_of_an_engine_by_itself(
         texts = ["w3 w4", "w9"]
         expected = ArrowEngine.from_pretrained(tiny_models[1]).encode(texts)
         np.testing.assert_allclose(asker.encode(texts), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_encoding_fetches_what_it_routes_to(
+    make_home: Callable[[str], Path], tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter = make_peft(tiny_bert(), tmp_path / "tickets", seed=5)
+    card = LoRACard.from_peft(adapter, base_name="tiny-encoder", description="w3 w4")
+    alone = ArrowEngine.from_pretrained(tiny_models[1])
+    alone.load_lora(card)
+    with two_nodes(make_home, tiny_models, card) as (_, asker):
+        eventually(lambda: len(asker.inference.offers) == 1)
+        expected = alone.encode_with_lora(["w3 w4"], adapter="tickets")
+        np.testing.assert_allclose(asker.encode(["w3 w4"], adapter="auto"), expected, rtol=1e-5, atol=1e-6)
+        assert asker.registry.entry("tickets").origin is not None
 
 
 def test_cards_that_come_and_go_are_routed_at_once(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
@@ -10,48 +9,25 @@ from pathlib import Path
 import pytest
 
 from arrowmoe.cli.main import COMMANDS
-from tests.arrowmoe.nodes import ROOT, environment
+from tests.arrowmoe.nodes import HEAVY, ROOT, environment, modules_after
 
-HEAVY = ("torch", "transformers", "pyarrow", "sqlalchemy", "zeroconf")
-PROBE = """
-import json, sys
-from arrowmoe.cli.main import run
-code = run(sys.argv[2:])
-with open(sys.argv[1], "w") as file:
-    json.dump([code, sorted({name.partition(".")[0] for name in sys.modules})], file)
-"""
 LIMIT_S = 0.5
-
-
-def modules_after(tmp_path: Path, *args: str, **variables: str) -> set[str]:
-    """The top-level modules that a command line imports."""
-    seen = tmp_path / "seen.json"
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(seen), *args],
-        cwd=ROOT,
-        env=environment(tmp_path / "home") | variables,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert seen.exists(), done.stderr
-    code, modules = json.loads(seen.read_text())
-    assert code == 0, done.stderr
-    return set(modules)
 
 
 @pytest.mark.parametrize(
     "args", [["--help"], ["--version"], ["skills", "--help"], ["ask", "--help"], ["config", "show"]]
 )
 def test_help_imports_nothing_heavy(tmp_path: Path, args: list[str]) -> None:
-    assert modules_after(tmp_path, *args).isdisjoint(HEAVY)
+    assert modules_after(tmp_path / "home", *args).isdisjoint(HEAVY)
 
 
 @pytest.mark.parametrize("words", ["arrowmoe ", "arrowmoe skills ", "arrowmoe ask --"])
 def test_completion_imports_nothing_heavy(tmp_path: Path, words: str) -> None:
     modules = modules_after(
-        tmp_path, _ARROWMOE_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)
+        tmp_path / "home",
+        _ARROWMOE_COMPLETE="complete_bash",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.split(" ")) - 1),
     )
     assert modules.isdisjoint(HEAVY)
 

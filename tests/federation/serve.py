@@ -10,14 +10,11 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-import structlog
-
 from federation import Discovery, LoRAFlightServer
 from registry.store import Registry
 
 
 def main(home: str, *options: str) -> None:
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     with ExitStack() as stack:
         registry = stack.enter_context(Registry.open(Path(home)))
         node_id = registry.identity.id

@@ -103,6 +103,28 @@ def test_more_than_promised_is_stopped_early(liar: Liar) -> None:
     assert sent < 5_000  # what gRPC had buffered; the rest was cancelled
 
 
+def test_no_more_arrives_ahead_of_a_slow_reader_than_the_limit_says(liar: Liar) -> None:
+    card = liar.card = small_card("large", modules=module_shapes(64, d_in=1 << 16, d_out=4))
+    sent, sent_while_waiting = 0, []
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        nonlocal sent
+        for batch in card_batches(card):
+            sent += batch.nbytes
+            yield batch
+
+    def slow(_: int) -> None:
+        if not sent_while_waiting:
+            time.sleep(1)
+            sent_while_waiting.append(sent)
+
+    liar.batches = counted
+    with LoRAFlightClient(liar.address) as client:
+        assert client.fetch_skill(card.digest, slow) == card
+    assert sent_while_waiting[0] < limits.READ_AHEAD_BYTES + (24 << 20)  # and what the sockets and the server hold
+    assert sent > 2 * sent_while_waiting[0]
+
+
 def test_fat_rows_are_stopped_by_their_bytes(liar: Liar) -> None:
     (batch,) = card_batches(liar.card)
     fat = pa.record_batch(

@@ -175,7 +175,8 @@ def stalled(server: LoRAFlightServer, ticket: bytes, stack: ExitStack) -> flight
     return reader
 
 
-LOCAL = [("grpc.use_local_subchannel_pool", 1)]
+# A connection of its own, and a window that does not grow until the client has buffered the whole card.
+LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
 
 
 def test_close_ends_quickly_though_readers_stall(theirs: Registry, server: LoRAFlightServer) -> None:

@@ -333,7 +333,7 @@ def test_a_home_that_moves_keeps_its_cards(home: Path, tmp_path: Path) -> None:
 def test_a_home_that_cannot_be_is_an_error_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"")
-    for home in (tmp_path / "missing" / "home", file, file / "home", Path("/proc/home")):
+    for home in (file, file / "home", Path("/proc/home")):
         with pytest.raises(HomeError) as caught:
             Registry.open(home)
         assert caught.value.hint

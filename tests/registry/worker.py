@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-
-import structlog
 
 from registry.card import LoRACard
 from registry.errors import UnknownCardError
@@ -81,6 +78,5 @@ ROLES: dict[str, Callable[..., Iterator[str]]] = {
 
 
 if __name__ == "__main__":
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     for line in ROLES[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:])):
         print(line, flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from registry.store import Registry
-from tests.arrowmoe.nodes import command, node_process
+from tests.arrowmoe.nodes import HEAVY, command, modules_after, node_process
 from tests.registry.cards import small_card
 
 pytestmark = pytest.mark.e2e
@@ -73,6 +73,14 @@ def test_two_nodes_sync_cards(make_home: Callable[[str], Path]) -> None:
             assert (again["ok"], again["fetched"], again["bytes_moved"]) == (True, 0, 0)
     assert set(command(ours, "skills", "ls", "-q").stdout.split()) == digests
     assert all(one["ok"] for one in json.loads(command(ours, "skills", "verify", "--json").stdout))
+
+
+def test_a_node_with_models_answers_a_command_that_imports_none(home: Path, tiny_models: tuple[Path, Path]) -> None:
+    with node_process(home, "--base", str(tiny_models[0]), ARROWMOE_EMBEDDER=str(tiny_models[1])) as node:
+        assert modules_after(home, "ask", "w5", "--max-new-tokens", "2").isdisjoint(HEAVY)
+        assert modules_after(home, "route", "w5").isdisjoint(HEAVY)
+        assert modules_after(home, "encode", "w5").isdisjoint(HEAVY)
+        assert node.end(signal.SIGTERM) == 0
 
 
 def test_off_loopback_a_node_wants_to_be_told(home: Path) -> None:
