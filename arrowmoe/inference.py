@@ -181,10 +181,15 @@ class Inference:
         if (error := embedder.exception()) is not None:
             self._router.set_exception(error)
             return
-        featurizer = arrowmoe.TextFeaturizer(embedder.result())
-        router = arrowmoe.LoRARouter(
-            featurizer, threshold=chosen.threshold, top_k=chosen.top_k, temperature=chosen.temperature
-        )
+        try:
+            featurizer = arrowmoe.TextFeaturizer(embedder.result())
+            router = arrowmoe.LoRARouter(
+                featurizer, threshold=chosen.threshold, top_k=chosen.top_k, temperature=chosen.temperature
+            )
+        except Exception as error:  # else whoever asks would wait for ever
+            log.exception("router_failed")
+            self._router.set_exception(error)
+            return
         self._router.set_result(router)
         self.refresh()
 

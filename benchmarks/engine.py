@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.routing.gates import Gates
 from benchmarks.adapters import smollm2, write_adapters
-from benchmarks.harness import Arm, Target, Times, interleave, report
+from benchmarks.harness import Arm, Prepared, Target, Times, interleave, report
 from registry.card import LoRACard
 
 ROWS = 32
@@ -106,7 +106,10 @@ def arms(
 
 
 def decode_step(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, options: dict[str, object]) -> Arm:
-    """One token for each row, after a context that is already in the cache."""
+    """One token for each row, after a context that is already in the cache.
+
+    A step before it, not timed, lays the adapters out, as the first step of a generation does for all that follow.
+    """
     cache = DynamicCache(config=model.config)
     with gating():
         model(prompt[:, :CONTEXT_TOKENS], past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
@@ -116,7 +119,7 @@ def decode_step(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, op
             model(prompt[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
         cache.crop(-1)
 
-    return step
+    return Prepared(arm=step, prepare=step)
 
 
 def forward(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, options: dict[str, object]) -> Arm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -43,8 +44,9 @@ class App:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """A command logs warnings to stderr, and never to the node's file."""
-        with logs.logging_to(self.settings.log, console_level="error" if self.out.mode == "quiet" else "warning"):
+        """A command's result says what failed, so it logs errors only, to stderr; all with `ARROWMOE_DEBUG=1`."""
+        level = "debug" if os.environ.get(settings.DEBUG_VARIABLE) == "1" else "error"
+        with logs.logging_to(self.settings.log, console_level=level):
             yield
 
     @contextmanager

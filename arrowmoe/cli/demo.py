@@ -103,7 +103,7 @@ class Teller:
         self._line(f"{event.number}  {event.prompt}")
         score = f"{event.score:.2f}, asked {event.threshold:.2f}"
         if event.card is None:
-            self._said("card", f"none fits: {event.nearest} is nearest ({score}), so the bare base model answers")
+            self._said("card", f"none fits ({event.nearest} {score}): the bare base model answers")
             self._said("without", event.answer)
             return
         self._said("card", f"{event.card} ({score})")
@@ -124,9 +124,10 @@ class Teller:
         self.report["ended"] = asdict(event)
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in event.phases.items())
         self._line()
-        self._line(f"Done in {event.seconds:.1f} s ({phases}); both nodes have ended.", indent=0, style="bold")
+        self._line(f"Done in {event.seconds:.1f} s; both nodes have ended", indent=0, style="bold")
+        self._line(f"seconds: {phases}")
         if event.kept:
-            self._line(f"Their homes are kept under {event.kept}", indent=0)
+            self._line(f"their homes are kept under {event.kept}")
         self._line()
         self._line("Try next", indent=0, style="bold")
         for command, does in NEXT:

@@ -18,7 +18,7 @@ from registry.errors import ArrowMoEError
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 300.0
-LOG_LINES = 12
+LOG_LINES = 20
 KEPT_VARIABLES = frozenset({"ARROWMOE_CACHE_DIR", "ARROWMOE_DEBUG"})
 
 
@@ -85,7 +85,7 @@ def node_process(name: str, directory: Path, *, bases: Sequence[str] = ()) -> It
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=_environment(os.environ),
+            env=_environment(os.environ, directory),
             start_new_session=True,  # a Ctrl-C is for the demo, which ends its nodes in order
         )
     node = NodeProcess(process, name=name, home=home, log=log)
@@ -95,7 +95,12 @@ def node_process(name: str, directory: Path, *, bases: Sequence[str] = ()) -> It
         node.end()
 
 
-def _environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The demo runs on defaults, offline, whatever the user's own nodes are told."""
+def _environment(given: Mapping[str, str], directory: Path) -> dict[str, str]:
+    """The demo runs on defaults, offline, whatever the user's own nodes are told; torch's caches go with the homes."""
     kept = {name: value for name, value in given.items() if not name.startswith("ARROWMOE_") or name in KEPT_VARIABLES}
-    return kept | {"ARROWMOE_LOG__FORMAT": "human", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return kept | {
+        "ARROWMOE_LOG__FORMAT": "human",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TMPDIR": str(directory),
+    }

@@ -79,8 +79,9 @@ def shipped_cards() -> tuple[ShippedCard, ...]:
 
 
 def spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
-    """`count` examples, evenly spread: the sets are written subject by subject."""
-    return tuple(examples[index * len(examples) // count] for index in range(min(count, len(examples))))
+    """At most `count` examples, evenly spread: the sets are written subject by subject."""
+    count = min(count, len(examples))
+    return tuple(examples[index * len(examples) // count] for index in range(count))
 
 
 def _examples(path: Path) -> tuple[Example, ...]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from registry.card import LoRACard
 from registry.format import LoRAFormat
+from registry.logs import get_logger
 
 DATA_DIRECTORY: Final = Path(__file__).parents[2] / "arrowmoe" / "demo_data"
 ABOUT: Final = ("description", "domains", "examples", "licence", "training", "evaluation")
