@@ -7,16 +7,13 @@ from light paths (the command line, a node that only serves) as attributes of th
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arrowmoe import inference as inference
     from arrowmoe import operations as operations
     from arrowmoe import views as views
-    from arrowmoe.ask import Answer, ask
     from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
     from arrowmoe.engine import ArrowEngine
     from arrowmoe.errors import EngineError
@@ -25,8 +22,10 @@ if TYPE_CHECKING:
     from arrowmoe.lora.layer import LoRALinear
     from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
     from arrowmoe.node import Node, serve
+    from arrowmoe.request import Answer, ask
     from arrowmoe.routing import Candidate, Decision, Gates, LoRARouter
     from arrowmoe.settings import Settings
+    from arrowmoe.swarm import Offer, Swarm
     from federation.client import LoRAFlightClient
     from federation.discovery import Discovery, browse
     from federation.errors import FederationError, PeerError, TransportError
@@ -67,12 +66,14 @@ __all__ = [
     "LoRARouter",
     "LoadedLoRA",
     "Node",
+    "Offer",
     "Origin",
     "Peer",
     "PeerError",
     "Registry",
     "RegistryError",
     "Settings",
+    "Swarm",
     "SyncReport",
     "TextFeaturizer",
     "TransportError",
@@ -86,7 +87,7 @@ __all__ = [
 ]
 
 _NAMES_OF_MODULE = {
-    "arrowmoe.ask": ("Answer", "ask"),
+    "arrowmoe.request": ("Answer", "ask"),
     "arrowmoe.base_model": ("BUILTINS", "BaseModel", "load_base_model"),
     "arrowmoe.engine": ("ArrowEngine",),
     "arrowmoe.errors": ("EngineError",),
@@ -97,6 +98,7 @@ _NAMES_OF_MODULE = {
     "arrowmoe.node": ("Node", "serve"),
     "arrowmoe.routing": ("Candidate", "Decision", "Gates", "LoRARouter"),
     "arrowmoe.settings": ("Settings",),
+    "arrowmoe.swarm": ("Offer", "Swarm"),
     "federation.client": ("LoRAFlightClient",),
     "federation.discovery": ("Discovery", "browse"),
     "federation.errors": ("FederationError", "PeerError", "TransportError"),
@@ -137,14 +139,3 @@ def _version() -> str:
         return str(metadata.version("arrowmoe"))
     except metadata.PackageNotFoundError:
         return "0+source"  # run from a checkout that was never installed
-
-
-class _Package(ModuleType):
-    """Keeps public names what they are: importing submodule `arrowmoe.ask` would put the module over the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (isinstance(value, ModuleType) and name in _MODULE_OF_NAME):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -9,8 +9,9 @@ the bare base model answers only where it was asked for, or where the router abs
 
 from __future__ import annotations
 
+import platform
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, overload
@@ -24,7 +25,12 @@ from arrowmoe.features import Vectors
 from arrowmoe.generation import Chunk, Generation, Prompt, Sampling, decode
 from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
 from arrowmoe.routing.gates import Gates
+from arrowmoe.swarm import Swarm
+from federation.errors import FederationError
+from federation.sync import SyncProgress, SyncReport
 from registry.card import LoRACard
+from registry.entries import CardEntry
+from registry.errors import RegistryError
 from registry.format import LoRAFormat
 from registry.store import Registry
 
@@ -34,10 +40,13 @@ BATCH_ROWS = 32
 
 
 class TextRouter(Protocol):
-    """What the engine asks for `adapter="auto"`: gates for texts, over cards made for base `base`."""
+    """What the engine asks for `adapter="auto"`."""
 
     def route_texts(self, texts: Sequence[str], *, base: str) -> Gates:
-        """Gates with one row per text."""
+        """Gates with one row per text, over the cards made for base model `base`."""
+
+    def register_card(self, card: CardEntry) -> None:
+        """A card arrived that may be chosen from now on."""
 
 
 class ArrowEngine:
@@ -49,6 +58,7 @@ class ArrowEngine:
         self.router = router
         self._manager = LoRAManager(base.model)
         self._names: dict[str, str] = {}
+        self._swarm: Swarm | None = None
         self._lock = threading.RLock()
 
     @classmethod
@@ -174,6 +184,49 @@ class ArrowEngine:
             return chunks
         done = {chunk.row: chunk.generation for chunk in chunks if chunk.generation is not None}
         return [done[row] for row in range(len(prompts))]
+
+    def start_federation(
+        self,
+        *,
+        name: str | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        peers: Sequence[str] = (),
+        discovery: bool = True,
+        open: bool = False,
+    ) -> Swarm:
+        """Serve the registry's cards and find peers, until the returned `Swarm` is closed; arguments are its own.
+
+        Raises `RegistryError` without a registry, `FederationError` where serving is refused.
+        """
+        if self.registry is None:
+            raise RegistryError("an engine without a registry has no cards to share", hint="give it registry=")
+        if self._swarm is not None:
+            self._swarm.close()
+        swarm = Swarm(
+            self.registry,
+            name=name or platform.node() or "engine",
+            host=host,
+            port=port,
+            open=open,
+            peers=peers,
+            discovery=discovery,
+        )
+        self._swarm = swarm.start()
+        swarm.announce()
+        return swarm
+
+    def sync_remote_skills(
+        self, peers: Sequence[str] | None = None, *, on_progress: Callable[[SyncProgress], None] | None = None
+    ) -> SyncReport:
+        """Copy what `peers` (addresses; None: all known) offer and the registry lacks, and route to it from now on."""
+        if self._swarm is None:
+            raise FederationError("the federation is not started", hint="call start_federation() first")
+        report = self._swarm.sync(peers, on_progress=on_progress)
+        if self.router is not None:
+            for entry in report.fetched:
+                self.router.register_card(entry)
+        return report
 
     def resolve(self, adapter: Adapter, texts: Sequence[str]) -> Gates:
         """What `adapter` means for rows with these `texts`: gates over loaded adapters, loaded here if need be."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import arrowmoe
 from arrowmoe.errors import EngineError
 from arrowmoe.settings import Settings
-from federation.wire import InventoryEntry
+from arrowmoe.swarm import Offer
 from registry.card import LoRACard
 from registry.digest import Digest
 from registry.errors import ArrowMoEError
@@ -24,22 +23,14 @@ from registry.logs import get_logger
 from registry.store import Registry
 
 if TYPE_CHECKING:
-    from arrowmoe.ask import Answer
     from arrowmoe.base_model import Kind
     from arrowmoe.engine import Adapter, ArrowEngine
     from arrowmoe.features import Vectors
     from arrowmoe.generation import Generation
+    from arrowmoe.request import Answer
     from arrowmoe.routing import Gates, LoRARouter
 
 log = get_logger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Offer:
-    """A card that peer `source` (an address) offers."""
-
-    entry: InventoryEntry
-    source: str
 
 
 Offers = Mapping[Digest, Offer]
@@ -228,4 +219,4 @@ def logical_name(model: str) -> str:
     return builtin.name if builtin is not None else Path(model).name if Path(model).exists() else model
 
 
-__all__ = ["Inference", "Offer", "Offers", "logical_name"]
+__all__ = ["Inference", "Offers", "logical_name"]

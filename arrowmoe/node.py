@@ -12,35 +12,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from arrowmoe.control import ControlServer, NodeError, NodeRecord, home_lock, make_home, now
-from arrowmoe.inference import Inference, Offer
+from arrowmoe.inference import Inference
 from arrowmoe.operations import node_handlers
 from arrowmoe.settings import Settings
-from federation.client import LoRAFlightClient
-from federation.discovery import Discovery
-from federation.errors import DiscoveryError, FederationError
-from federation.peer import Peer
-from federation.server import LoRAFlightServer
-from federation.sync import PeerReport, SyncMemory, SyncProgress, SyncReport, sync
-from registry.card import LoRACard
-from registry.digest import Digest
-from registry.entries import Origin
+from arrowmoe.swarm import Swarm
+from federation.sync import PeerReport, SyncProgress, SyncReport
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 from registry.store import Registry
 
 if TYPE_CHECKING:
-    from arrowmoe.ask import Answer
     from arrowmoe.engine import Adapter
     from arrowmoe.features import Vectors
+    from arrowmoe.request import Answer
     from arrowmoe.routing import Gates
 
-PROBE_TIMEOUT_S = 3.0
 END_TIMEOUT_S = 10.0
 log = get_logger(__name__)
+_Part = TypeVar("_Part")
 
 
 class Node:
@@ -53,10 +45,7 @@ class Node:
         self._record: NodeRecord | None = None
         self._registry: Registry | None = None
         self._inference: Inference | None = None
-        self._discovery: Discovery | None = None
-        self._discovery_state = "starting" if settings.discovery else "off"
-        self._memory: SyncMemory = {}
-        self._looking = threading.Lock()
+        self._swarm: Swarm | None = None
         self._started_s = 0.0
 
     def start(self) -> NodeRecord:
@@ -95,23 +84,22 @@ class Node:
     @property
     def record(self) -> NodeRecord:
         """Who and where this node is."""
-        if self._record is None:
-            raise NodeError("the node is not started", hint="call start(), or use it as a context manager")
-        return self._record
+        return _started(self._record)
 
     @property
     def registry(self) -> Registry:
         """The cards of the home."""
-        if self._registry is None:
-            raise NodeError("the node is not started", hint="call start(), or use it as a context manager")
-        return self._registry
+        return _started(self._registry)
+
+    @property
+    def swarm(self) -> Swarm:
+        """Its peers."""
+        return _started(self._swarm)
 
     @property
     def inference(self) -> Inference:
         """What answers requests."""
-        if self._inference is None:
-            raise NodeError("the node is not started", hint="call start(), or use it as a context manager")
-        return self._inference
+        return _started(self._inference)
 
     def status(self) -> dict[str, Any]:
         """What the node is doing, as JSON."""
@@ -127,19 +115,13 @@ class Node:
             "uptime_s": round(time.monotonic() - self._started_s, 1),
             "cards": len(here),
             "offers": len(self.inference.offers.keys() - here),
-            "discovery": self._discovery_state,
+            "discovery": self.swarm.discovery_state,
             "models": self.inference.models(),
         }
 
     def peers(self) -> tuple[PeerReport, ...]:
         """Every known peer, asked just now what it offers; one that does not answer has an `error`."""
         return self._look().peers
-
-    def known_peers(self) -> list[Peer]:
-        """Static peers and discovered ones, each address once."""
-        static = [Peer.at(address) for address in self.settings.peers]
-        found = self._discovery.peers() if self._discovery is not None else []
-        return list({peer.address: peer for peer in (*static, *found)}.values())
 
     def sync(
         self,
@@ -149,8 +131,7 @@ class Node:
         on_progress: Callable[[SyncProgress], None] | None = None,
     ) -> SyncReport:
         """Copy what `peers` (addresses; None: all known) offer and is not here."""
-        chosen = self.known_peers() if peers is None else [Peer.at(address) for address in peers]
-        report = sync(self.registry, chosen, dry_run=dry_run, on_progress=on_progress, memory=self._memory)
+        report = self.swarm.sync(peers, dry_run=dry_run, on_progress=on_progress)
         self.inference.refresh()
         return report
 
@@ -169,29 +150,29 @@ class Node:
     def _open(self, stack: ExitStack) -> NodeRecord:
         settings = self.settings
         self._registry = registry = stack.enter_context(Registry.open(settings.home))
-        node_id = registry.identity.id
-        server = LoRAFlightServer(
+        self._swarm = swarm = Swarm(
             registry,
-            node_id=node_id,
             name=settings.name,
             host=settings.host,
             port=settings.flight_port,
             open=settings.open,
+            peers=settings.peers,
+            discovery=settings.discovery,
         )
-        stack.enter_context(server)
+        stack.enter_context(swarm)
         routes = bool(settings.bases)
-        self._inference = Inference(registry, settings, bases=settings.bases, route=routes, fetch=self._fetch)
+        self._inference = Inference(registry, settings, bases=settings.bases, route=routes, fetch=swarm.fetch)
         control = stack.enter_context(ControlServer(node_handlers(self)))
         if routes:
             stack.enter_context(_background("load", self._load))
-        stack.enter_context(_background("watch", lambda: self._watch(server)))
+        stack.enter_context(_background("watch", self._watch))
         stack.callback(self.stop)
         return NodeRecord(
             pid=os.getpid(),
             port=control.port,
             token=control.token,
-            address=server.address,
-            node_id=node_id,
+            address=swarm.address,
+            node_id=registry.identity.id,
             name=settings.name,
             started=now(),
         )
@@ -202,64 +183,24 @@ class Node:
             event = log.error if model["error"] else log.info
             event("model_state", model=model["model"], state=model["state"], error=model["error"])
 
-    def _watch(self, server: LoRAFlightServer) -> None:
-        """Look at the peers at once and then at the interval, until the node ends."""
-        with self._discovering(server):
-            work: Callable[[], object] = self.sync if self.settings.sync_on_start else self._look
-            while not self._stopping.is_set():
-                try:
-                    work()
-                except ArrowMoEError as error:  # a locked catalog, a damaged file: the next round may do better
-                    log.warning("peers_not_watched", error=str(error), kind=type(error).__name__)
-                work = self._look
-                self._stopping.wait(self.settings.peer_interval_s)
-
-    @contextmanager
-    def _discovering(self, server: LoRAFlightServer) -> Iterator[None]:
-        """Announce the node; where that is impossible, its status says so, and static peers still work."""
-        if not self.settings.discovery:
-            yield
-            return
-        discovery = Discovery(
-            node_id=self.registry.identity.id, name=self.settings.name, port=server.port, host=self.settings.host
-        )
-        try:
-            discovery.start()
-        except DiscoveryError as error:
-            self._discovery_state = f"failed: {error}"
-            log.warning("discovery_failed", error=str(error), hint=error.hint)
-            yield
-            return
-        with discovery:
-            self._discovery, self._discovery_state = discovery, "on"
-            yield
-            self._discovery = None
+    def _watch(self) -> None:
+        """Announce the node, look at the peers at once and then at the interval, until the node ends."""
+        self.swarm.announce()
+        work: Callable[[], object] = self.sync if self.settings.sync_on_start else self._look
+        while not self._stopping.is_set():
+            try:
+                work()
+            except ArrowMoEError as error:  # a locked catalog, a damaged file: the next round may do better
+                log.warning("peers_not_watched", error=str(error), kind=type(error).__name__)
+            work = self._look
+            self._stopping.wait(self.settings.peer_interval_s)
 
     def _look(self) -> SyncReport:
         """Ask every known peer what it offers; what is not here becomes a virtual candidate."""
-        with self._looking:
-            report = sync(
-                self.registry, self.known_peers(), dry_run=True, memory=self._memory, timeout_s=PROBE_TIMEOUT_S
-            )
-            self.inference.offers = {
-                entry.digest: Offer(entry=entry, source=peer.peer.address)
-                for peer in report.peers
-                for entry in peer.missing
-            }
+        report = self.swarm.look()
+        self.inference.offers = self.swarm.offers
         self.inference.refresh()
         return report
-
-    def _fetch(self, digest: str) -> LoRACard:
-        """Bring a virtual candidate's card: fetched, verified, admitted."""
-        offer = self.inference.offers.get(Digest(digest))
-        if offer is None:
-            raise FederationError(f"no peer offers card {digest} any more", hint="ask again: it is not routed to now")
-        with LoRAFlightClient(offer.source) as client:
-            peer = replace(Peer.at(offer.source), node_id=client.health().node_id)
-            card = client.fetch_skill(Digest(digest))
-        self.registry.admit(card, origin=Origin(peer_id=peer.node_id, address=peer.address))
-        log.info("virtual_candidate_fetched", card=card.name, digest=digest, peer=peer.address)
-        return card
 
 
 def serve(settings: Settings, on_ready: Callable[[Node], None]) -> None:
@@ -273,6 +214,12 @@ def serve(settings: Settings, on_ready: Callable[[Node], None]) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _started(part: _Part | None) -> _Part:
+    if part is None:
+        raise NodeError("the node is not started", hint="call start(), or use it as a context manager")
+    return part
 
 
 @contextmanager

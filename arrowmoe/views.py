@@ -10,8 +10,8 @@ from federation.wire import InventoryEntry
 from registry.entries import CardEntry, VerifyReport
 
 if TYPE_CHECKING:
-    from arrowmoe.ask import Answer
     from arrowmoe.generation import Generation
+    from arrowmoe.request import Answer
     from arrowmoe.routing.gates import Candidate, Decision, Gates
 
 Json = dict[str, Any]

@@ -100,8 +100,9 @@ class LoRARouter:
         return set(self._entries)
 
     def is_virtual(self, digest: str) -> bool:
-        """Whether an indexed card's weights are with a peer only."""
-        return self._entries[digest].virtual
+        """Whether a card is indexed whose weights are with a peer only."""
+        entry = self._entries.get(digest)
+        return entry is not None and entry.virtual
 
     def register_card(self, card: Describable) -> None:
         """Index a card whose weights are here; a virtual candidate of the same digest becomes real."""
@@ -127,8 +128,12 @@ class LoRARouter:
         return self.route(self.features(texts), mask=None if base is None else self.for_base(base))
 
     def for_base(self, base: str) -> set[str]:
-        """Digests of the indexed cards made for base model `base`."""
-        return {digest for digest, entry in self._entries.items() if same_base(entry.base_name, base)}
+        """Digests of the indexed cards that say they were made for base model `base`.
+
+        A card that names no base is never chosen by itself, only by name: nothing says yet that it fits.
+        """
+        entries = list(self._entries.items())
+        return {digest for digest, entry in entries if entry.base_name is not None and same_base(entry.base_name, base)}
 
     def route(self, features: Features, *, mask: Collection[str] | None = None) -> Gates:
         """Gates with one row per row of `features`. Raises `RoutingError` for features of another embedder."""

@@ -235,6 +235,6 @@ def test_two_nodes_find_each_other(make_home: Callable[[str], Path]) -> None:
         Node(settings(make_home("one"), discovery=True)) as one,
         Node(settings(make_home("two"), discovery=True)) as two,
     ):
-        eventually(lambda: two.record.node_id in {peer.node_id for peer in one.known_peers()})
-        eventually(lambda: one.record.node_id in {peer.node_id for peer in two.known_peers()})
+        eventually(lambda: two.record.node_id in {peer.node_id for peer in one.swarm.known_peers()})
+        eventually(lambda: one.record.node_id in {peer.node_id for peer in two.swarm.known_peers()})
         assert one.status()["discovery"] == "on"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from federation import LoRAFlightServer
+from federation.server import LoRAFlightServer
 from registry.store import Registry
 from tests.federation.liar import Liar
 from tests.registry.cards import small_card

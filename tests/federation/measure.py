@@ -9,7 +9,8 @@ import json
 import resource
 import sys
 
-from federation import FederationError, LoRAFlightClient
+from federation.client import LoRAFlightClient
+from federation.errors import FederationError
 from registry.digest import Digest
 
 

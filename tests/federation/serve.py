@@ -10,7 +10,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from federation import Discovery, LoRAFlightServer
+from federation.discovery import Discovery
+from federation.server import LoRAFlightServer
 from registry.store import Registry
 
 

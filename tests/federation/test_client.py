@@ -14,16 +14,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from federation import (
-    FederationError,
-    LoRAFlightClient,
-    PeerError,
-    PeerUnreachableError,
-    TransportError,
-    limits,
-    probe,
-    wire,
-)
+from federation import limits, wire
+from federation.client import LoRAFlightClient, probe
+from federation.errors import FederationError, PeerError, PeerUnreachableError, TransportError
 from registry.format import SCHEMA, card_batches, card_schema
 from registry.identity import Identity
 from tests.federation.liar import Liar, entry_of, health

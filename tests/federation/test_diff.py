@@ -2,8 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from federation import missing
-from federation.diff import selected
+from federation.diff import missing, selected
 from registry.digest import digest_of
 from tests.federation.liar import entry_of
 from tests.registry.cards import small_card

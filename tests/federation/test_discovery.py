@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from zeroconf import ServiceInfo
 
-from federation import Discovery, Peer, browse
-from federation.discovery import _addresses, _announcement, _peer_of
+from federation.discovery import Discovery, _addresses, _announcement, _peer_of, browse
+from federation.peer import Peer
 from registry.store import Registry
 from tests.federation.conftest import serving
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from federation import FederationError, Peer, parse_address
-from federation.peer import is_loopback
+from federation.errors import FederationError
+from federation.peer import Peer, is_loopback, parse_address
 
 
 @pytest.mark.parametrize(

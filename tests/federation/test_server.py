@@ -14,7 +14,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from federation import FederationError, LoRAFlightClient, LoRAFlightServer, PeerError, TransportError, limits, wire
+from federation import limits, wire
+from federation.client import LoRAFlightClient
+from federation.errors import FederationError, PeerError, TransportError
+from federation.server import LoRAFlightServer
 from registry.digest import digest_of
 from registry.format import SCHEMA
 from registry.store import Registry

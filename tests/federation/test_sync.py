@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from federation import LoRAFlightServer, Peer, PeerReport, SyncProgress, SyncReport, sync, wire
-from federation.sync import SyncMemory
+from federation import wire
+from federation.peer import Peer
+from federation.server import LoRAFlightServer
+from federation.sync import PeerReport, SyncMemory, SyncProgress, SyncReport, sync
 from registry.digest import digest_of
 from registry.store import Registry
 from tests.federation.conftest import serving

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federation import PeerError, limits, wire
+from federation import limits, wire
+from federation.errors import PeerError
 from registry.digest import Digest, digest_of
 from tests.federation.liar import entry_of, health
 from tests.registry.cards import small_card

@@ -82,6 +82,13 @@ def test_only_cards_of_the_base_are_chosen() -> None:
     assert routes.route_texts(["180"], base="hub/Other").attribution(0) == {"west": 1.0}
 
 
+def test_a_card_without_a_base_is_never_chosen_for_one() -> None:
+    routes = router()
+    routes.register_card(Card(digest="d7", name="nowhere", description="270", base_name=None))
+    assert routes.route_texts(["270"], base="base").decisions[0].abstained
+    assert routes.route_texts(["270"]).attribution(0) == {"nowhere": 1.0}
+
+
 def test_a_mask_leaves_cards_out() -> None:
     routes = router()
     gates = routes.route(routes.features(["10"]), mask={"d1"})

@@ -1,0 +1,150 @@
+"""A registry among its peers: it serves its cards, finds other nodes, knows what they offer, and copies what it lacks.
+
+Both a node and an engine (`ArrowEngine.start_federation`) hold one. Lifetimes are one `ExitStack`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Self
+
+from federation.client import LoRAFlightClient
+from federation.discovery import Discovery
+from federation.errors import DiscoveryError, FederationError
+from federation.peer import Peer
+from federation.server import LoRAFlightServer
+from federation.sync import SyncMemory, SyncProgress, SyncReport, sync
+from federation.wire import InventoryEntry
+from registry.card import LoRACard
+from registry.digest import Digest
+from registry.entries import Origin
+from registry.logs import get_logger
+from registry.store import Registry
+
+PROBE_TIMEOUT_S = 3.0
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A card that peer `source` (an address) offers and this registry lacks: a virtual candidate."""
+
+    entry: InventoryEntry
+    source: str
+
+
+class Swarm:
+    """The federation of one registry, between `start` and `close`.
+
+    `peers` are addresses HOST:PORT that are always asked; `discovery` finds more by mDNS. Off loopback `open` must say
+    that everyone who reaches the port may read every card; else starting raises `FederationError`.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        name: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        open: bool = False,
+        peers: Sequence[str] = (),
+        discovery: bool = True,
+    ) -> None:
+        self.discovery_state = "starting" if discovery else "off"
+        self.offers: Mapping[Digest, Offer] = {}
+        self._registry = registry
+        self._static = tuple(Peer.at(address) for address in peers)
+        self._server = LoRAFlightServer(
+            registry, node_id=registry.identity.id, name=name, host=host, port=port, open=open
+        )
+        self._announced = (name, host) if discovery else None
+        self._discovery: Discovery | None = None
+        self._memory: SyncMemory = {}
+        self._looking = threading.Lock()
+        self._stack = ExitStack()
+
+    def start(self) -> Self:
+        """Serve; `announce` makes it known."""
+        self._stack.enter_context(self._server)
+        return self
+
+    def announce(self) -> None:
+        """Announce this node and begin to find others, which takes a second or two; nothing if discovery is off.
+
+        Where mDNS is impossible, `discovery_state` says so, and static peers still work.
+        """
+        if self._announced is None:
+            return
+        name, host = self._announced
+        # The port is known once the server is started.
+        discovery = Discovery(node_id=self._registry.identity.id, name=name, port=self._server.port, host=host)
+        try:
+            self._discovery = self._stack.enter_context(discovery)
+        except DiscoveryError as error:
+            self.discovery_state = f"failed: {error}"
+            log.warning("discovery_failed", error=str(error), hint=error.hint)
+        else:
+            self.discovery_state = "on"
+
+    def close(self) -> None:
+        """Say goodbye and stop serving."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def address(self) -> str:
+        """Where this registry is served, as HOST:PORT."""
+        return self._server.address
+
+    def known_peers(self) -> list[Peer]:
+        """Static peers and discovered ones, each address once."""
+        found = self._discovery.peers() if self._discovery is not None else []
+        return list({peer.address: peer for peer in (*self._static, *found)}.values())
+
+    def sync(
+        self,
+        peers: Sequence[str] | None = None,
+        *,
+        dry_run: bool = False,
+        on_progress: Callable[[SyncProgress], None] | None = None,
+    ) -> SyncReport:
+        """Copy what `peers` (addresses; None: all known) offer and is not here."""
+        chosen = self.known_peers() if peers is None else [Peer.at(address) for address in peers]
+        return sync(self._registry, chosen, dry_run=dry_run, on_progress=on_progress, memory=self._memory)
+
+    def look(self) -> SyncReport:
+        """Ask every known peer what it offers, and remember it in `offers`."""
+        with self._looking:
+            report = sync(
+                self._registry, self.known_peers(), dry_run=True, memory=self._memory, timeout_s=PROBE_TIMEOUT_S
+            )
+            self.offers = {
+                entry.digest: Offer(entry=entry, source=peer.peer.address)
+                for peer in report.peers
+                for entry in peer.missing
+            }
+        return report
+
+    def fetch(self, digest: str) -> LoRACard:
+        """Bring the card of an offer: fetched, verified, admitted."""
+        offer = self.offers.get(Digest(digest))
+        if offer is None:
+            raise FederationError(f"no peer offers card {digest} any more", hint="ask again: it is not routed to now")
+        with LoRAFlightClient(offer.source) as client:
+            peer_id = client.health().node_id
+            card = client.fetch_skill(Digest(digest))
+        self._registry.admit(card, origin=Origin(peer_id=peer_id, address=offer.source))
+        log.info("virtual_candidate_fetched", card=card.name, digest=digest, peer=offer.source)
+        return card
+
+
+__all__ = ["Offer", "Swarm"]
