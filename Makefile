@@ -7,8 +7,9 @@ STAMP := $(VENV)/.ready
 # Without an NVIDIA driver the pinned CPU set is installed; with one, pip takes the newest torch with CUDA.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints/cpu.txt")
 
-# A busy machine is several times slower when idle OpenMP threads spin.
+# A busy machine is several times slower when idle OpenMP threads spin for long (arrowmoe/threads.py).
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 10000
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test test-all check bench cards clean

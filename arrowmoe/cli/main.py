@@ -22,6 +22,7 @@ from typer.main import get_command
 import arrowmoe
 from arrowmoe.cli.invocation import Invocation
 from arrowmoe.cli.output import Output
+from arrowmoe.threads import wait_politely
 from registry.errors import ArrowMoEError
 
 
@@ -137,6 +138,7 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
+    wait_politely()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -101,6 +101,5 @@ def _environment(given: Mapping[str, str], directory: Path) -> dict[str, str]:
     return kept | {
         "ARROWMOE_LOG__FORMAT": "human",
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TMPDIR": str(directory),
     }

@@ -5,7 +5,9 @@
 
 import os
 
-# Both are read when torch and huggingface_hub are first imported, so they must be set before.
-# Spinning workers make a loaded machine several times slower; a hub look-up offline costs a minute.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from arrowmoe.threads import wait_politely
+
+# Both are read when torch and huggingface_hub are first imported, so they must be set before; a look-up offline costs a
+# minute.
+wait_politely()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
