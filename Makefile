@@ -45,7 +45,7 @@ check: $(STAMP)  ## Lint, format, types, floors, docs
 bench: $(STAMP)  ## make bench NAME=engine|cards: measure; the last line is one JSON object
 	$(BIN)/python -m benchmarks.$(NAME)
 
-cards: $(STAMP)  ## Train the demo's four cards again (about 20 minutes on two cores)
+cards: $(STAMP)  ## Train the demo's four cards again (a quarter of an hour on two cores)
 	$(BIN)/python -m scripts.demo_cards.train --out .build/demo-peft
 	$(BIN)/python -m scripts.demo_cards.pack .build/demo-peft arrowmoe/demo_cards
 

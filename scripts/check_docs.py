@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
-COMMAND = re.compile(r"(?:^|`|\$ )arrowmoe ((?:[a-z-]+ ?){1,2})", re.MULTILINE)
+CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+COMMAND = re.compile(r"(?:^|`|\$ )arrowmoe ([a-z]+(?: [a-z]+)?)", re.MULTILINE)
 TREE_ROW = re.compile(r"^([\w./-]+/?)\s{2,}\S", re.MULTILINE)
 VERBS = re.compile(r"^[│ ]+([a-z]+)\s{2,}\S", re.MULTILINE)
 
@@ -47,7 +48,7 @@ def faults_of(path: Path) -> Iterator[str]:
     for target in LINK.findall(text):
         if "://" not in target and not target.startswith("mailto:") and not (path.parent / target).exists():
             yield f"links to {target!r}, which is not there"
-    for words in COMMAND.findall(text):
+    for words in COMMAND.findall("\n".join(CODE.findall(text))):
         noun, *rest = words.split()
         if noun not in verbs_of(""):
             yield f"names the command 'arrowmoe {noun}', which there is not"
