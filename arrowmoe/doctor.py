@@ -15,7 +15,7 @@ from importlib import metadata
 from typing import Literal
 
 import arrowmoe
-from arrowmoe import control
+from arrowmoe.home import running_node
 from arrowmoe.settings import CONFIG_VARIABLE, DEBUG_VARIABLE, PREFIX, Settings
 from registry.errors import ArrowMoEError
 from registry.identity import KEY_FILE
@@ -123,7 +123,7 @@ def _registry(settings: Settings) -> Iterator[Check]:
 
 
 def _node(settings: Settings) -> Iterator[Check]:
-    record = control.running_node(settings.home)
+    record = running_node(settings.home)
     detail = "not running" if record is None else f"process {record.pid} serves at {record.address}"
     yield Check(name="node", status="ok", detail=detail)
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from arrowmoe.control import ControlServer, NodeError, NodeRecord, home_lock, make_home, now
+from arrowmoe.control import ControlServer
+from arrowmoe.home import NodeError, NodeRecord, home_lock, make_home, now
 from arrowmoe.inference import Inference
 from arrowmoe.operations import node_handlers
 from arrowmoe.settings import Settings

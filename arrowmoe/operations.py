@@ -7,20 +7,37 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from arrowmoe import views
 from arrowmoe.control import Handler, Progress
 from arrowmoe.inference import Inference
-from federation.sync import SyncReport
-
-if TYPE_CHECKING:
-    from arrowmoe.node import Node
+from federation.sync import PeerReport, SyncReport
 
 Params = Mapping[str, Any]
 
 
-def node_handlers(node: Node) -> Mapping[str, Handler]:
+class Served(Protocol):
+    """What the handlers ask of a node."""
+
+    @property
+    def inference(self) -> Inference:
+        """What answers requests; there once the node is started."""
+
+    def status(self) -> dict[str, Any]:
+        """What the node is doing, as JSON."""
+
+    def peers(self) -> tuple[PeerReport, ...]:
+        """Every known peer, asked just now."""
+
+    def sync(self, peers: Any = ..., *, dry_run: bool = ..., on_progress: Any = ...) -> SyncReport:
+        """Copy what peers offer and is not here."""
+
+    def stop(self) -> None:
+        """Ask the node to end."""
+
+
+def node_handlers(node: Served) -> Mapping[str, Handler]:
     """Everything that a running node answers."""
 
     def stop(params: Params, progress: Progress) -> Any:
@@ -75,7 +92,7 @@ def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
     return {"route": route, "ask": ask, "generate": generate, "encode": encode}
 
 
-def _late(method: str, node: Node) -> Handler:
+def _late(method: str, node: Served) -> Handler:
     """The handler on the node's inference, which is there once the node is started."""
     return lambda params, progress: inference_handlers(node.inference)[method](params, progress)
 

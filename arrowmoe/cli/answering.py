@@ -8,6 +8,7 @@ from typing import Any
 import arrowmoe
 from arrowmoe import control
 from arrowmoe.cli.app import App
+from arrowmoe.home import NodeError, NodeRecord
 
 DEFAULT_BASE = "builtin:smollm2"
 
@@ -32,7 +33,7 @@ def adapter_of(values: Sequence[str]) -> Any:
     try:
         return {name: float(weight) for name, _, weight in pairs}
     except ValueError as error:
-        raise control.NodeError(f"expected --adapter NAME=WEIGHT with a number, got {list(values)}") from error
+        raise NodeError(f"expected --adapter NAME=WEIGHT with a number, got {list(values)}") from error
 
 
 def made_by(answer: Mapping[str, Any]) -> str:
@@ -43,7 +44,7 @@ def made_by(answer: Mapping[str, Any]) -> str:
     return f"{cards} ({answer['why']})"
 
 
-def _has_models(record: control.NodeRecord) -> bool:
+def _has_models(record: NodeRecord) -> bool:
     return bool(control.call(record, "status", timeout_s=30.0)["models"])
 
 

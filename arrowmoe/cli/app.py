@@ -13,6 +13,7 @@ import typer
 import arrowmoe
 from arrowmoe import control, logs, settings
 from arrowmoe.cli.invocation import Invocation
+from arrowmoe.home import NodeRecord, running_node
 
 if TYPE_CHECKING:
     from arrowmoe.settings import Loaded, Settings
@@ -55,11 +56,11 @@ class App:
         with self.logging(), arrowmoe.Registry.open(self.settings.home) as registry:
             yield registry
 
-    def node(self) -> control.NodeRecord | None:
+    def node(self) -> NodeRecord | None:
         """The node that runs on this home, if one does."""
-        return control.running_node(self.settings.home)
+        return running_node(self.settings.home)
 
-    def need_node(self) -> control.NodeRecord:
+    def need_node(self) -> NodeRecord:
         """The node that runs on this home. Raises `NodeNotRunningError`."""
         record = self.node()
         if record is None:

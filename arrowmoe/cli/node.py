@@ -12,6 +12,7 @@ import typer
 import arrowmoe
 from arrowmoe import control, logs
 from arrowmoe.cli.app import App, app_of, given, group
+from arrowmoe.home import NodeError, NodeRecord, is_held, make_home
 
 app = group()
 STOP_TIMEOUT_S = 30.0
@@ -37,7 +38,7 @@ def start(
     invocation = app_of(context)
     flags = given(name=name, host=host, flight_port=flight_port, peers=peer, bases=base, open=open or None)
     settings = invocation.load(**flags, discovery=False if no_discovery else None).settings
-    control.make_home(settings.home)
+    make_home(settings.home)
     level = "error" if invocation.out.mode == "quiet" else None
     with logs.logging_to(settings.log, home=settings.home, console_level=level):
         arrowmoe.serve(settings, lambda node: _say_ready(invocation, node.record, settings.home))
@@ -63,9 +64,9 @@ def stop(context: typer.Context) -> None:
     record, home = invocation.need_node(), invocation.settings.home
     control.call(record, "stop", timeout_s=30.0)
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while control.is_held(home):
+    while is_held(home):
         if time.monotonic() > deadline:
-            raise control.NodeError(
+            raise NodeError(
                 f"the node (process {record.pid}) was asked to stop and still runs after {STOP_TIMEOUT_S:g} s",
                 hint=f"its log is {logs.log_path(home)}",
             )
@@ -84,7 +85,7 @@ def identity(context: typer.Context) -> None:
     invocation.out.result(found, lambda: invocation.out.line(node_id), quiet=[node_id])
 
 
-def _say_ready(invocation: App, record: control.NodeRecord, home: Path) -> None:
+def _say_ready(invocation: App, record: NodeRecord, home: Path) -> None:
     said = {name: value for name, value in asdict(record).items() if name != "token"} | {"home": str(home)}
 
     def human() -> None:

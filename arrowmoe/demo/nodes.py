@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arrowmoe import control
-from arrowmoe.control import NodeRecord
+from arrowmoe.home import NodeRecord, read_record
 from registry.errors import ArrowMoEError
 
 START_TIMEOUT_S = 60.0
@@ -39,7 +39,7 @@ class NodeProcess:
         """Where the node serves; waits until it does. Raises `DemoError` if it ends instead."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while self._record is None:
-            found = control.read_record(self.home)
+            found = read_record(self.home)
             if found is not None and found.pid == self._process.pid:
                 self._record = found
             elif self._process.poll() is not None:

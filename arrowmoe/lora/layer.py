@@ -7,34 +7,13 @@ does not know rows or gates: it asks the `GateContext` that all wrappers of one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from arrowmoe.lora.kernels import LowRank, add_up
-
-if TYPE_CHECKING:
-    from arrowmoe.lora.plan import Plan, Share
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Slot:
-    """What one adapter holds for one module.
-
-    `low_rank` is B A. `rescale` (d_out,) is DoRA's magnitude / ‖W + s B A‖ minus one, by which the base output without
-    its bias grows (arXiv:2402.09353, eq. 5; B already carries the factor). `bias` (d_out,) is the adapter's bias minus
-    the base's. So a gate of g adds g times the adapter's whole contribution.
-    """
-
-    low_rank: LowRank | None = None
-    rescale: Tensor | None = None
-    bias: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors held."""
-        low_rank = [] if self.low_rank is None else [self.low_rank.a, self.low_rank.b]
-        return low_rank + [tensor for tensor in (self.rescale, self.bias) if tensor is not None]
+from arrowmoe.lora.kernels import add_up
+from arrowmoe.lora.plan import Plan, Share
+from arrowmoe.lora.slots import Slot
 
 
 @dataclass(eq=False)
@@ -57,7 +36,7 @@ class Slotted(nn.Module):
     def share(self) -> Share | None:
         """What the adapters of the batch in flight add here, if there is a batch and it has any here."""
         plan = self.context.plan
-        return None if plan is None else plan.at(self)
+        return None if plan is None else plan.at(self.path, self.slots)
 
 
 class LoRALinear(Slotted):

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from arrowmoe.errors import AdapterMismatchError, UnknownAdapterError, UnsupportedCardError
 from arrowmoe.lora.kernels import LowRank
-from arrowmoe.lora.layer import GateContext, LoRABias, LoRAEmbedding, LoRALinear, Slot, Wrapper, dense_weight, shape_of
+from arrowmoe.lora.layer import GateContext, LoRABias, LoRAEmbedding, LoRALinear, Wrapper, dense_weight, shape_of
 from arrowmoe.lora.plan import Plan
+from arrowmoe.lora.slots import Slot
 from arrowmoe.lora.tensors import to_torch
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard

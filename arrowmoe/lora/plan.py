@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from arrowmoe.errors import GateError
 from arrowmoe.lora import kernels
 from arrowmoe.lora.kernels import ByRow, Concatenated, LowRank
-from arrowmoe.lora.layer import Slot, Slotted
+from arrowmoe.lora.slots import Slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Plan:
         self._shares: dict[str, Share | None] = {}
         self._coefficients: dict[_Form, Tensor | float] = {}
 
-    def at(self, module: Slotted) -> Share | None:
-        """What the batch's adapters add at `module`; None if none of them has a slot there."""
-        return _kept(self._shares, module.path, lambda: self._share(module))
+    def at(self, path: str, slots: Mapping[str, Slot]) -> Share | None:
+        """What the batch's adapters add at the module `path`, which has `slots`; None if none of them has one there."""
+        return _kept(self._shares, path, lambda: self._share(path, slots))
 
     def coefficients(self, form: _Form) -> Tensor | float:
         """G · s with each adapter's column repeated rank times: (rows, Σr), or one number if that is all there is."""
@@ -63,9 +63,9 @@ class Plan:
         place = {index: at for at, index in enumerate(present)}
         return [[(place[index], weight) for index, weight in row if index in place] for row in self._chosen]
 
-    def _share(self, module: Slotted) -> Share | None:
-        slots = [(index, module.slots[key]) for index, key in enumerate(self.adapters) if key in module.slots]
-        return Share(self, module.path, slots) if slots else None
+    def _share(self, path: str, slots: Mapping[str, Slot]) -> Share | None:
+        present = [(index, slots[key]) for index, key in enumerate(self.adapters) if key in slots]
+        return Share(self, path, present) if present else None
 
     def _expand(self, form: _Form) -> Tensor | float:
         if self._uniform and len(form.present) == 1:

@@ -14,20 +14,8 @@ from typing import Any
 import pytest
 
 from arrowmoe import control
-from arrowmoe.control import (
-    ControlServer,
-    HomeHeldError,
-    NodeError,
-    NodeNotRunningError,
-    NodeRecord,
-    Progress,
-    RemoteError,
-    call,
-    home_lock,
-    is_held,
-    read_record,
-    running_node,
-)
+from arrowmoe.control import ControlServer, NodeNotRunningError, Progress, RemoteError, call
+from arrowmoe.home import HomeHeldError, NodeError, NodeRecord, home_lock, is_held, read_record, running_node
 from registry.errors import UnknownCardError
 
 pytestmark = pytest.mark.usefixtures("no_leaked_threads")

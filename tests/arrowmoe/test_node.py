@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arrowmoe.control import HomeHeldError, NodeError, call, running_node
+from arrowmoe.control import call
 from arrowmoe.engine import ArrowEngine
 from arrowmoe.errors import EngineError, ModelLoadError
+from arrowmoe.home import HomeHeldError, NodeError, running_node
 from arrowmoe.node import Node
 from arrowmoe.settings import Settings
 from federation.errors import FederationError
