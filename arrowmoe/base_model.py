@@ -75,6 +75,12 @@ class BaseModel:
         return dtype
 
     @property
+    def max_positions(self) -> int | None:
+        """How many tokens the model was built for, if it says so."""
+        positions: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions
+
+    @property
     def d_model(self) -> int:
         """Width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)

@@ -36,10 +36,11 @@ def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     elif pooling.mode == "cls":
         vectors = states[:, 0]
     else:
-        vectors = states[torch.arange(len(states)), mask.sum(dim=1) - 1]
+        vectors = states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
     return torch.nn.functional.normalize(vectors, dim=-1) if pooling.normalise else vectors
 
 
 def _max_tokens(base: BaseModel) -> int:
-    limit = int(base.model.config.get_text_config().max_position_embeddings)
-    return min(limit, base.pooling.max_tokens or limit)
+    """What the model, its tokenizer and its pooling agree on; a RoBERTa has two positions more than it takes tokens."""
+    limits = (base.max_positions, base.tokenizer.model_max_length, base.pooling.max_tokens)
+    return min(limit for limit in limits if limit is not None)

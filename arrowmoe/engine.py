@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol, overload
@@ -24,6 +25,7 @@ from arrowmoe.errors import AdapterMismatchError, EngineError, GateError, Prompt
 from arrowmoe.features import Vectors
 from arrowmoe.generation import Chunk, Generation, Prompt, Sampling, decode
 from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
+from arrowmoe.lora.plan import Plan
 from arrowmoe.routing.gates import Gates
 from arrowmoe.swarm import Swarm
 from federation.errors import FederationError
@@ -99,9 +101,10 @@ class ArrowEngine:
     def remove_lora(self, name: str) -> bool:
         """Take an adapter out, by name or digest; whether it was there. Without adapters the base is bit-identical."""
         with self._lock:
-            digest = self._names.get(name, name)
-            self._names = {known: other for known, other in self._names.items() if other != digest}
-            return self._manager.remove_card(digest)
+            meant = {self._names.pop(name)} if name in self._names else self._called(name)
+            self._names = {known: digest for known, digest in self._names.items() if digest not in meant}
+            removed = [self._manager.remove_card(digest) for digest in meant]
+            return any(removed)
 
     def list_loras(self) -> list[LoadedLoRA]:
         """The loaded adapters, in loading order."""
@@ -119,7 +122,9 @@ class ArrowEngine:
         by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for start in range(0, len(texts), BATCH_ROWS):
             rows = by_length[start : start + BATCH_ROWS]
-            with self._lock, self._manager.gated(gates.rows(rows)):
+            with self._lock:
+                plan = self._manager.plan(gates.rows(rows))
+            with self._computing(plan):
                 vectors[rows] = encode_batch(self.base, [texts[row] for row in rows])
         return vectors
 
@@ -167,7 +172,7 @@ class ArrowEngine:
 
         A prompt is a string, completed as it is, or a list of `{"role", "content"}` messages. `adapter` is None (the
         bare base), a name, a mixture {name: weight}, a list with one of these per row, "auto" (routed) or `Gates`.
-        With `stream`, chunks come as they are made; the engine is held until the iterator ends or is closed.
+        With `stream`, chunks come as they are made; between two of them the engine is free for other calls.
         """
         if self.base.kind != "causal":
             raise EngineError(f"{self.base.name} is an encoder, so it cannot generate", hint="use encode_with_lora()")
@@ -245,14 +250,25 @@ class ArrowEngine:
             self._digest(digest)
         return gates
 
+    def _called(self, name: str) -> set[str]:
+        """Digests of the loaded adapters of that name, or with that digest."""
+        return {loaded.digest for loaded in self._manager.loaded() if name in (loaded.name, loaded.digest)}
+
     def _chunks(self, prompts: Sequence[Prompt], gates: Gates, sampling: Sampling) -> Iterator[Chunk]:
-        with self._lock, self._manager.gated(gates):
-            for chunk in decode(self.base, prompts, sampling):
-                if chunk.generation is None:
-                    yield chunk
-                else:
-                    made_by = gates.attribution(chunk.row)
-                    yield replace(chunk, generation=replace(chunk.generation, adapters=made_by))
+        with self._lock:
+            plan = self._manager.plan(gates)
+        for chunk in decode(self.base, prompts, sampling, lambda: self._computing(plan)):
+            if chunk.generation is None:
+                yield chunk
+            else:
+                made_by = gates.attribution(chunk.row)
+                yield replace(chunk, generation=replace(chunk.generation, adapters=made_by))
+
+    @contextmanager
+    def _computing(self, plan: Plan | None) -> Iterator[None]:
+        """One forward pass at a time, with the gates of `plan`."""
+        with self._lock, self._manager.running(plan):
+            yield
 
     def _route(self, texts: Sequence[str]) -> Gates:
         if self.router is None:
@@ -263,7 +279,11 @@ class ArrowEngine:
         return self.router.route_texts(texts, base=self.base.name)
 
     def _digest(self, name: str) -> str:
-        """The digest of the adapter that `name` (or a digest) means, loaded from the registry if need be."""
+        """The digest of the adapter that `name` (or a digest) means, loaded from the registry if need be.
+
+        A name given to `load_lora` means that card; any other is asked of the registry each time, so that a new
+        version is used as soon as it is published.
+        """
         if name in self._names:
             return self._names[name]
         if name in self._manager:
@@ -273,12 +293,13 @@ class ArrowEngine:
                 f"no adapter {name!r} is loaded; loaded are: {', '.join(self._names) or 'none'}",
                 hint="load it with load_lora(), or give the engine a registry",
             )
-        card = self.registry.get(name)
-        self._check_base(card)
-        with self._lock:
-            self._manager.apply_card(card)
-            self._names.setdefault(card.name, card.digest)
-        return card.digest
+        digest = self.registry.entry(name).digest
+        if digest not in self._manager:
+            card = self.registry.get(digest)
+            self._check_base(card)
+            with self._lock:
+                self._manager.apply_card(card)
+        return digest
 
     def _card(self, source: str | Path | LoRACard) -> LoRACard:
         if isinstance(source, LoRACard):

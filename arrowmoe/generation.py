@@ -6,7 +6,9 @@ of its own, so what a row draws does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +22,7 @@ from arrowmoe.errors import PromptError
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 FinishReason = Literal["stop", "length"]
+Computing = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,10 @@ def tokenise(base: BaseModel, prompts: Sequence[Prompt], new_tokens: int) -> Bat
     """
     tokenizer = base.tokenizer
     ids = [_ids(base, prompt) for prompt in prompts]
-    longest, limit = max(map(len, ids)), base.model.config.get_text_config().max_position_embeddings
+    longest, limit = max(map(len, ids)), base.max_positions
     if min(map(len, ids)) == 0:
         raise PromptError("expected prompts of at least one token, got an empty one")
-    if longest + new_tokens > limit:
+    if limit is not None and longest + new_tokens > limit:
         raise PromptError(
             f"expected prompt and answer within {limit} tokens, got {longest} + {new_tokens}",
             hint="shorten the prompt or lower max_new_tokens",
@@ -87,13 +90,18 @@ def tokenise(base: BaseModel, prompts: Sequence[Prompt], new_tokens: int) -> Bat
 
 
 @torch.inference_mode()
-def decode(base: BaseModel, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Chunk]:
-    """Generate every row; chunks come as text becomes certain, the last of each row with its `Generation`."""
+def decode(
+    base: BaseModel, prompts: Sequence[Prompt], sampling: Sampling, computing: Computing = nullcontext
+) -> Iterator[Chunk]:
+    """Generate every row; chunks come as text becomes certain, the last of each row with its `Generation`.
+
+    Each forward pass runs within `computing()`, and nothing else does: between two chunks the model is anybody's.
+    """
     batch = tokenise(base, prompts, sampling.max_new_tokens)
     rows = [_Row(base, index, sampling) for index in range(len(prompts))]
     for row, mask in zip(rows, batch["attention_mask"], strict=True):
         row.prompt_tokens = int(mask.sum())
-    for logits in _steps(base, batch, rows, sampling.max_new_tokens):
+    for logits in _steps(base, batch, rows, sampling.max_new_tokens, computing):
         log_probs = torch.log_softmax(logits.float(), dim=-1)
         tokens = [row.choose(log_probs[row.index]) for row in rows]
         for row, token in zip(rows, tokens, strict=True):
@@ -103,20 +111,24 @@ def decode(base: BaseModel, prompts: Sequence[Prompt], sampling: Sampling) -> It
             return
 
 
-def _steps(base: BaseModel, batch: BatchEncoding, rows: list[_Row], steps: int) -> Iterator[Tensor]:
+def _steps(
+    base: BaseModel, batch: BatchEncoding, rows: list[_Row], steps: int, computing: Computing
+) -> Iterator[Tensor]:
     """Logits (rows, vocabulary) of each step; between two of them the rows have chosen their tokens."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     cache = DynamicCache(config=base.model.config)
+    known = inspect.signature(base.model.forward).parameters
     for _ in range(steps):
-        output = base.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        with computing():
+            output = base.model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **{name: value for name, value in optional.items() if name in known},
+            )
         yield output.logits[:, -1]
         ids = torch.tensor([[row.last] for row in rows], device=ids.device)
         mask = torch.cat([mask, mask.new_ones((len(rows), 1))], dim=-1)

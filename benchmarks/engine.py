@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.routing.gates import Gates
 from benchmarks.adapters import smollm2, write_adapters
-from benchmarks.harness import Arm, Prepared, Target, Times, interleave, report
+from benchmarks.harness import Arm, Target, Times, interleave, report
 from registry.card import LoRACard
 
 ROWS = 32
@@ -98,8 +98,8 @@ def arms(
     """The bare base; ours and PEFT with 1 to 32 distinct adapters in the batch."""
     found: dict[str, Arm] = {"base": step(base, prompt, nullcontext, {})}
     for count in COUNTS:
-        chosen = gates(cards, count)
-        found[f"ours_{count}"] = step(ours, prompt, lambda chosen=chosen: manager.gated(chosen), {})
+        plan = manager.plan(gates(cards, count))
+        found[f"ours_{count}"] = step(ours, prompt, lambda plan=plan: manager.running(plan), {})
         if count in (1, 32):
             found[f"peft_{count}"] = step(peft, prompt, nullcontext, {"adapter_names": names(count)})
     return found
@@ -108,7 +108,7 @@ def arms(
 def decode_step(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, options: dict[str, object]) -> Arm:
     """One token for each row, after a context that is already in the cache.
 
-    A step before it, not timed, lays the adapters out, as the first step of a generation does for all that follow.
+    Adapters are laid out by the first step of all, which is not timed, as in a generation.
     """
     cache = DynamicCache(config=model.config)
     with gating():
@@ -119,7 +119,7 @@ def decode_step(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, op
             model(prompt[:, -1:], past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
         cache.crop(-1)
 
-    return Prepared(arm=step, prepare=step)
+    return step
 
 
 def forward(model: PreTrainedModel, prompt: torch.Tensor, gating: Gating, options: dict[str, object]) -> Arm:

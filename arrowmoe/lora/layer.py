@@ -7,6 +7,7 @@ does not know rows or gates: it asks the `GateContext` that all wrappers of one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +34,13 @@ class Slotted(nn.Module):
         self.context = context
         self.slots: dict[str, Slot] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        """Models read a module's weight, its dtype or its sizes directly; they are the base's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
     def share(self) -> Share | None:
         """What the adapters of the batch in flight add here, if there is a batch and it has any here."""
         plan = self.context.plan
@@ -47,16 +55,6 @@ class LoRALinear(Slotted):
 
     base: nn.Linear | Conv1D
 
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight; some models read a module's weight or dtype directly."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, or None."""
-        return self.base.bias
-
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, …, d_in) → (rows, …, d_out)."""
         y: Tensor = self.base(x)
@@ -68,11 +66,6 @@ class LoRAEmbedding(Slotted):
     """An embedding with slots: y = W[i] + Σₖ gₖ sₖ Bₖ Aₖ[:, i]; ids are (rows, tokens)."""
 
     base: nn.Embedding
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's table, which an output head may share."""
-        return self.base.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (rows, tokens) → (rows, tokens, d_out)."""
@@ -89,16 +82,6 @@ class LoRABias(Slotted):
     """A module that is not linear but ends in adding a bias (a LayerNorm), with slots for that bias."""
 
     base: nn.LayerNorm
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Tensor:
-        """The base's bias."""
-        return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, …, d) → (rows, …, d)."""

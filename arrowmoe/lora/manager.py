@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,6 @@ class LoRAManager:
         self._context = GateContext()
         self._wrappers: dict[str, Wrapper] = {}
         self._loaded: dict[str, LoadedLoRA] = {}
-        self._last: tuple[Gates, Plan] | None = None
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._loaded
@@ -83,7 +82,6 @@ class LoRAManager:
         entry = self._loaded.pop(digest, None)
         if entry is None:
             return False
-        self._last = None
         for path in entry.modules:
             wrapper = self._wrappers[path]
             del wrapper.slots[digest]
@@ -93,35 +91,31 @@ class LoRAManager:
         log.info("lora_removed", name=entry.name, digest=digest)
         return True
 
+    def plan(self, gates: Gates) -> Plan | None:
+        """Lay `gates` out, for as many forward passes as the caller likes; None for the bare base model."""
+        if not gates.adapters:
+            return None
+        self._check_loaded(gates.adapters)
+        like = next(self._model.parameters())
+        return Plan(gates.adapters, torch.tensor(gates.weights, dtype=like.dtype, device=like.device))
+
     @contextmanager
-    def gated(self, gates: Gates | None) -> Iterator[None]:
-        """Compute every forward pass inside with `gates`, one row of them per row of the batch."""
-        self._context.plan = self._plan(gates) if gates is not None and gates.adapters else None
+    def running(self, plan: Plan | None) -> Iterator[None]:
+        """Compute every forward pass inside with `plan`, one row of its gates per row of the batch.
+
+        Raises `UnknownAdapterError` if an adapter was removed since it was laid out.
+        """
+        if plan is not None:
+            self._check_loaded(plan.adapters)
+        before, self._context.plan = self._context.plan, plan
         try:
             yield
         finally:
-            self._context.plan = None
+            self._context.plan = before
 
-    @contextmanager
-    def gated_by(self, adapters: tuple[str, ...], weights: torch.Tensor) -> Iterator[None]:
-        """As `gated`, with weights (rows, adapters) as a tensor, through which gradients flow."""
-        self._check_loaded(adapters)
-        self._context.plan = Plan(adapters, weights)
-        try:
-            yield
-        finally:
-            self._context.plan = None
-
-    def _plan(self, gates: Gates) -> Plan:
-        """The plan of `gates`; the last one is kept, because a batch is often computed again with the same gates."""
-        if self._last is None or not _same(self._last[0], gates):
-            self._check_loaded(gates.adapters)
-            like = next(self._model.parameters())
-            self._last = (
-                gates,
-                Plan(gates.adapters, torch.tensor(gates.weights, dtype=like.dtype, device=like.device)),
-            )
-        return self._last[1]
+    def gated(self, gates: Gates) -> AbstractContextManager[None]:
+        """Compute every forward pass inside with `gates`."""
+        return self.running(self.plan(gates))
 
     def _check_loaded(self, adapters: tuple[str, ...]) -> None:
         missing = [digest for digest in adapters if digest not in self._loaded]
@@ -261,11 +255,3 @@ def _slot_bytes(slots: Mapping[str, Slot]) -> int:
 def _describe(module: nn.Module) -> str:
     shape = shape_of(module)
     return f"{type(module).__name__} {shape[0]} → {shape[1]}" if shape else type(module).__name__
-
-
-def _same(one: Gates, other: Gates) -> bool:
-    return one is other or (
-        one.adapters == other.adapters
-        and one.weights.shape == other.weights.shape
-        and bool((one.weights == other.weights).all())
-    )

@@ -88,6 +88,48 @@ def test_a_stream_that_is_closed_early_leaves_the_engine_usable(tmp_path: Path) 
     assert engine.generate(["w5"], max_new_tokens=2)[0].adapters == {}
 
 
+def test_a_stream_keeps_its_adapter_whatever_is_computed_in_between(tmp_path: Path) -> None:
+    engine = llama_engine()
+    for seed, name in enumerate(("one", "two")):
+        engine.load_lora(card_for(engine, tmp_path, name, seed))
+    expected = [g.tokens for g in engine.generate(TEXTS, adapter=["one", "two", None], max_new_tokens=8)]
+    first = engine.generate(TEXTS, adapter=["one", "two", None], max_new_tokens=8, stream=True)
+    second = engine.generate(TEXTS, adapter=["one", "two", None], max_new_tokens=8, stream=True)
+    done: dict[str, dict[int, tuple[int, ...]]] = {"first": {}, "second": {}}
+    for _ in range(50):
+        for name, stream in (("first", first), ("second", second)):
+            chunk = next(stream, None)
+            if chunk is not None and chunk.generation is not None:
+                done[name][chunk.row] = chunk.generation.tokens
+        engine.encode(TEXTS[:2])
+    assert [done["first"][row] for row in range(3)] == expected
+    assert [done["second"][row] for row in range(3)] == expected
+
+
+def test_an_adapter_removed_under_a_stream_is_an_error_not_the_bare_base(tmp_path: Path) -> None:
+    engine = llama_engine()
+    engine.load_lora(card_for(engine, tmp_path, "one", 0))
+    stream = engine.generate(TEXTS[:1], adapter="one", max_new_tokens=8, stream=True)
+    next(stream)
+    engine.remove_lora("one")
+    with pytest.raises(UnknownAdapterError):
+        list(stream)
+
+
+def test_a_new_version_in_the_registry_is_used_at_once(tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "home") as registry:
+        engine = bert_engine(registry)
+        registry.publish(card_for(engine, tmp_path / "v1", "one", seed=1))
+        old = engine.encode_with_lora(TEXTS, adapter="one")
+        second = card_for(engine, tmp_path / "v2", "one", seed=2).describe(version="2")
+        registry.publish(second)
+        new = engine.encode_with_lora(TEXTS, adapter="one")
+        assert not np.allclose(new, old)
+        np.testing.assert_array_equal(engine.encode_with_lora(TEXTS, adapter="one@1"), old)
+        assert engine.remove_lora("one")
+        assert engine.list_loras() == []
+
+
 def test_unknown_names_are_errors(encoder: ArrowEngine, tmp_path: Path) -> None:
     with pytest.raises(UnknownAdapterError, match=r"'three'.*one, two"):
         encoder.encode_with_lora(TEXTS, adapter="three")

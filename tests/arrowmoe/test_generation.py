@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from arrowmoe.base_model import BaseModel
 from arrowmoe.errors import PromptError
@@ -14,10 +15,11 @@ from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from tests.arrowmoe.tiny import base
-from tests.peft_models import load_peft, make_peft, tiny_gpt2, tiny_llama
+from tests.peft_models import VOCABULARY, load_peft, make_peft, tiny_gpt2, tiny_llama
 
 PROMPTS = ["w5 w9 w12 w7", "w30", "w8 w8 w40"]
 NEW = 12
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 1}
 
 
 def reference(model: torch.nn.Module, tiny: BaseModel, prompt: str) -> list[int]:
@@ -33,8 +35,20 @@ def tokens(tiny: BaseModel, prompts: list[str] = PROMPTS, **sampling: object) ->
     return [list(done[row].tokens) for row in range(len(prompts))]
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def tiny_mistral() -> PreTrainedModel:
+    """A causal model that sees four tokens back."""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    return MistralForCausalLM(MistralConfig(**SIZES, **shape, intermediate_size=32, sliding_window=4)).eval()
+
+
+def tiny_bloom() -> PreTrainedModel:
+    """A causal model without position ids."""
+    return BloomForCausalLM(BloomConfig(**SIZES, n_head=4, initializer_range=0.2)).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mistral, tiny_bloom])
 def test_greedy_decoding_of_a_padded_batch_equals_transformers(make) -> None:
+    torch.manual_seed(0)
     tiny = base(make())
     assert tokens(tiny) == [reference(tiny.model, tiny, prompt) for prompt in PROMPTS]
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arrowmoe.lora.manager import LoRAManager
+from arrowmoe.lora.plan import Plan
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from tests.peft_models import load_peft, make_peft, outputs, sample_inputs, tiny_bert, tiny_gpt2, tiny_llama
@@ -139,7 +140,7 @@ def test_gradients_reach_gates(tmp_path: Path) -> None:
     card = LoRACard.from_peft(make_peft(model, tmp_path / "a", seed=1))
     manager = loaded(model, [card])
     weights = torch.full((3, 1), 0.5, requires_grad=True)
-    with manager.gated_by((card.digest,), weights):
+    with manager.running(Plan((card.digest,), weights)):
         model(**sample_inputs()).logits.square().mean().backward()
     assert weights.grad is not None
     assert (weights.grad != 0).all()

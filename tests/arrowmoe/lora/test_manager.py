@@ -108,6 +108,17 @@ def test_a_batch_of_other_rows_than_the_gates_is_refused(tmp_path: Path) -> None
         model(**sample_inputs(rows=3))
 
 
+def test_a_wrapped_module_still_shows_what_models_read_of_it() -> None:
+    model = tiny_llama()
+    manager = LoRAManager(model)
+    manager.apply_card(card_of(model__layers__1__mlp__up_proj=(16, 32)))
+    module = model.model.layers[1].mlp.up_proj
+    assert (module.in_features, module.out_features, module.bias) == (16, 32, None)
+    assert module.weight.dtype == torch.float32
+    with pytest.raises(AttributeError, match="no_such"):
+        module.no_such  # noqa: B018
+
+
 def test_an_fp32_card_is_not_copied(tmp_path: Path) -> None:
     model = tiny_llama()
     card = LoRACard.from_peft(make_peft(model, tmp_path / "a", seed=0))
