@@ -51,7 +51,7 @@ def run(directory: Path, rounds: int) -> None:
     prompt = torch.randint(10, vocabulary, (ROWS, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
     check_equal(ours, peft, manager, cards, prompt)
     decode = interleave(arms(decode_step, base.model, ours, peft, manager, cards, prompt), rounds=rounds)
-    prefill = interleave(arms(forward, base.model, ours, peft, manager, cards, prompt), rounds=max(3, rounds // 2))
+    prefill = interleave(arms(forward, base.model, ours, peft, manager, cards, prompt), rounds=rounds)
     report("engine", "PEFT adapter_names and the bare base model", targets(decode, prefill), figures(decode, prefill))
 
 
