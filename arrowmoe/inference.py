@@ -18,6 +18,7 @@ from arrowmoe.settings import Settings
 from arrowmoe.swarm import Offer
 from registry.card import LoRACard
 from registry.digest import Digest
+from registry.entries import CardEntry
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 from registry.store import Registry
@@ -195,10 +196,14 @@ class Inference:
         return router
 
     def _index(self, router: LoRARouter, here: set[Digest], offers: Offers) -> None:
-        for digest in router.digests() - here - offers.keys():
+        newest: dict[tuple[str, str | None], CardEntry] = {}
+        for entry in self._registry.list():  # newest first; an older version is used by name only
+            newest.setdefault((entry.name, entry.base_name), entry)
+        wanted = {entry.digest: entry for entry in newest.values()}
+        for digest in router.digests() - wanted.keys() - offers.keys():
             router.unregister(digest)
-        for entry in self._registry.list():
-            if entry.digest not in router or router.is_virtual(entry.digest):
+        for digest, entry in wanted.items():
+            if digest not in router or router.is_virtual(digest):
                 router.register_card(entry)
         for digest, offer in offers.items():
             if digest not in here:

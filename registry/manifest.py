@@ -237,9 +237,10 @@ def _finite(text: str) -> float:
 
 def _in_one_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
-        first = error.errors(include_url=False, include_input=False)[0]
+        first = error.errors(include_url=False)[0]
+        got = f", got {first['input'][:60]!r}" if isinstance(first["input"], str) else ""
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{more}"
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{got}{more}"
     return str(error)
 
 

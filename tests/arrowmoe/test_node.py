@@ -130,6 +130,20 @@ def test_cards_that_come_and_go_are_routed_at_once(
         assert node.status()["models"][0]["adapters"] == []
 
 
+def test_only_the_newest_version_of_a_name_is_routed_to(
+    make_home: Callable[[str], Path], tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    causal, encoder = tiny_models
+    with Node(settings(make_home("alone"), bases=(str(causal),), embedder=str(encoder))) as node:
+        old = node.registry.publish(dates_card(tmp_path))
+        assert node.route("w5 w6").adapters == (old.digest,)
+        new = node.registry.publish(dates_card(tmp_path, version="2"))
+        assert node.route("w5 w6").adapters == (new.digest,)
+        assert [candidate.digest for candidate in node.route("w5 w6").decisions[0].candidates] == [new.digest]
+        node.registry.remove("dates@2")
+        assert node.route("w5 w6").adapters == (old.digest,)
+
+
 def test_what_no_peer_offers_any_more_is_routed_to_no_more(
     make_home: Callable[[str], Path], tiny_models: tuple[Path, Path], tmp_path: Path
 ) -> None:
