@@ -1,16 +1,17 @@
 """The Flight client: asks one peer who it is, what it has, and fetches cards that are verified before anyone sees them.
 
 A card's digest is the digest of its manifest, and the manifest says how large every tensor is. So a fetch reads the
-manifest first and, once that is known to be the one asked for, believes its sizes and holds the peer to them.
+manifest first and, once that is known to be the one asked for, believes its sizes and holds the peer to them. Tensors
+come as plain bytes: a record batch could inflate to any size before one may look at it.
 What the peer got wrong is a `PeerError`, what the line got wrong a `TransportError`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, Self
+from typing import Self
 
 import pyarrow as pa
 from pyarrow import flight
@@ -18,11 +19,12 @@ from pyarrow import flight
 from federation import limits, wire
 from federation.errors import FederationError, PeerError, PeerUnreachableError, TransferError, TransportError
 from federation.peer import format_address, parse_address
-from registry.card import LoRACard
+from registry.card import LoRACard, check_tensor
 from registry.digest import Digest, digest_of
 from registry.errors import CardError
-from registry.format import card_from_batches
+from registry.format import described
 from registry.manifest import Manifest
+from registry.tensor import Tensor
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeError)
@@ -53,22 +55,23 @@ class LoRAFlightClient:
             return wire.decode_inventory(pages)
 
     def fetch_skill(self, digest: Digest, on_bytes: Callable[[int], None] | None = None) -> LoRACard:
-        """The card with `digest`, every tensor verified; `on_bytes` hears of tensor bytes as they arrive.
+        """The card with `digest`, every tensor verified as it arrives; `on_bytes` hears of tensor bytes as they come.
 
         Raises `PeerError` if anything is not what the digest and the manifest promise, `TransferError` or
         `PeerUnreachableError` if the line fails. Memory: one message and the card's promised bytes.
         """
-        promised = self._manifest(digest)
-        with self._channel_for(promised) as channel:
-            metadata, batches = self._open(channel, digest, promised)
-            try:
-                card = card_from_batches(metadata, _counted(batches, promised, on_bytes), verify=True)
-            except CardError as error:
-                raise PeerError(f"{self.address} sent card {digest} damaged or forged: {error}") from error
-            finally:
-                batches.close()
-        if card.digest != digest:
-            raise PeerError(f"expected card {digest} from {self.address}, got {card.digest}")
+        metadata = self._metadata(digest)
+        try:
+            manifest, signature = described(metadata)
+            _check_size(manifest, digest)
+            with closing(self._tensor_bytes(digest, manifest)) as chunks:
+                tensors = _received(_ByteStream(chunks, on_bytes), manifest)
+            card = LoRACard(
+                manifest_bytes=metadata[wire.MANIFEST_KEY], manifest=manifest, tensors=tensors, signature=signature
+            )
+            card.verify_signature()
+        except CardError as error:
+            raise PeerError(f"{self.address} sent card {digest} damaged or forged: {error}") from error
         return card
 
     def close(self) -> None:
@@ -83,60 +86,39 @@ class LoRAFlightClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _manifest(self, digest: Digest) -> Manifest:
-        """The card's manifest, known to be the one asked for."""
+    def _metadata(self, digest: Digest) -> dict[bytes, bytes]:
+        """The schema metadata of the card, whose manifest is known to be the one asked for."""
         descriptor = flight.FlightDescriptor.for_path(wire.DESCRIPTOR_ROOT, digest)
         with self._line(PeerUnreachableError):
             metadata = self._shared().get_flight_info(descriptor, self._options(self._timeout_s)).schema.metadata
-        data = _checked_metadata(metadata, digest)
-        try:
-            manifest = Manifest.parse(data)
-        except CardError as error:
-            raise PeerError(
-                f"{self.address} offers card {digest} with a manifest that is not valid: {error}"
-            ) from error
-        largest = max((spec.nbytes for spec in manifest.tensors), default=0)
-        if manifest.tensor_bytes > limits.MAX_CARD_BYTES or largest > limits.MAX_TENSOR_BYTES:
-            raise PeerError(
-                f"expected at most {limits.MAX_CARD_BYTES} bytes of tensors and {limits.MAX_TENSOR_BYTES} in one, "
-                f"got {manifest.tensor_bytes} and {largest} in card {digest}, so it is not fetched"
-            )
-        return manifest
+        return _checked_metadata(metadata, digest)
 
-    def _open(
-        self, channel: flight.FlightClient, digest: Digest, promised: Manifest
-    ) -> tuple[dict[bytes, bytes], _Batches]:
+    def _tensor_bytes(self, digest: Digest, promised: Manifest) -> Generator[memoryview, None, None]:
+        body = wire.encode_tensors_request(wire.TensorsRequest(digest=digest))
         deadline_s = self._timeout_s + promised.tensor_bytes / limits.SLOWEST_BYTES_PER_S
-        with self._line(TransferError):
-            reader = channel.do_get(flight.Ticket(digest), self._options(deadline_s))
-            metadata = reader.schema.metadata
-        _checked_metadata(metadata, digest)
-        return metadata, _Batches(reader, lambda: self._line(TransferError))
-
-    @contextmanager
-    def _channel_for(self, promised: Manifest) -> Iterator[flight.FlightClient]:
-        """The shared connection, or one of its own that lets the card's largest tensor through."""
-        needed = max((spec.nbytes for spec in promised.tensors), default=0) + limits.MESSAGE_OVERHEAD_BYTES
-        if needed <= limits.MAX_MESSAGE_BYTES:
-            yield self._shared()
-            return
-        with closing(self._connect(needed)) as channel:
-            yield channel
+        yield from self._results(flight.Action(wire.ACTION_TENSORS, body), deadline_s, TransferError)
 
     def _action(self, name: str) -> Generator[bytes, None, None]:
+        """The results of an action that moves no tensors."""
+        with closing(self._results(flight.Action(name, b""), self._timeout_s, PeerUnreachableError)) as results:
+            yield from map(bytes, results)
+
+    def _results(
+        self, action: flight.Action, timeout_s: float, broken: type[TransportError]
+    ) -> Generator[memoryview, None, None]:
         """The results of an action, one by one; closing the iterator early cancels the call."""
-        with self._line(PeerUnreachableError):
-            results = self._shared().do_action(flight.Action(name, b""), self._options(self._timeout_s))
-            yield from (result.body.to_pybytes() for result in results)
+        with self._line(broken):
+            for result in self._shared().do_action(action, self._options(timeout_s)):
+                yield memoryview(result.body)
 
     def _shared(self) -> flight.FlightClient:
         if self._channel is None:
-            self._channel = self._connect(limits.MAX_MESSAGE_BYTES)
+            self._channel = self._connect()
         return self._channel
 
-    def _connect(self, max_message_bytes: int) -> flight.FlightClient:
+    def _connect(self) -> flight.FlightClient:
         options = [
-            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
             ("grpc.http2.bdp_probe", 0),  # else gRPC reads ahead as far as it likes: a whole card of 64 MiB was seen
             ("grpc.http2.lookahead_bytes", limits.READ_AHEAD_BYTES),
             ("grpc.enable_http_proxy", 0),  # a peer is on this network, a proxy of the environment is not
@@ -162,66 +144,69 @@ def probe(address: str, *, timeout_s: float = limits.PROBE_TIMEOUT_S) -> wire.He
         return client.health()
 
 
-class _Batches:
-    """A stream's record batches, each with the library's errors translated."""
+class _ByteStream:
+    """The bytes of a stream of chunks, taken in whatever portions the reader likes."""
 
-    def __init__(self, reader: flight.FlightStreamReader, line: Callable[[], Any]) -> None:
-        self._reader, self._line = reader, line
-        self._ended = False
+    def __init__(self, chunks: Iterator[memoryview], on_bytes: Callable[[int], None] | None) -> None:
+        self._chunks, self._on_bytes = chunks, on_bytes
+        self._waiting = memoryview(b"")
 
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        while (batch := self._next()) is not None:
-            yield batch
+    def take(self, count: int) -> bytearray:
+        """The next `count` bytes. Raises `PeerError` if the stream ends before."""
+        data, filled = bytearray(count), 0
+        while filled < count:
+            part = self._next()[: count - filled]
+            data[filled : filled + len(part)] = part
+            filled, self._waiting = filled + len(part), self._waiting[len(part) :]
+            if self._on_bytes is not None:
+                self._on_bytes(len(part))
+        return data
 
-    def close(self) -> None:
-        """Cancel the call if it still runs."""
-        if not self._ended:
-            self._reader.cancel()
+    def end(self) -> None:
+        """Raise `PeerError` if anything is left."""
+        if self._waiting or next(self._chunks, None) is not None:
+            raise PeerError("expected as many bytes as the manifest promises, got more, so the transfer was stopped")
 
-    def _next(self) -> pa.RecordBatch | None:
-        with self._line():
-            try:
-                chunk = self._reader.read_chunk()
-            except StopIteration:
-                self._ended = True
-                return None
-        if chunk.data is None or chunk.data.num_rows == 0:
-            raise PeerError("expected record batches with rows, got an empty one")
-        return chunk.data
-
-
-def _counted(
-    batches: Iterable[pa.RecordBatch], promised: Manifest, on_bytes: Callable[[int], None] | None
-) -> Iterator[pa.RecordBatch]:
-    """The batches, for as long as they are no more than the manifest promises."""
-    rows, remaining = len(promised.tensors), promised.tensor_bytes
-    allowance = remaining + (rows + 1) * limits.ROW_OVERHEAD_BYTES
-    for batch in batches:
-        size = batch.get_total_buffer_size()  # buffers, not offsets: those are not validated yet
-        rows, allowance = rows - batch.num_rows, allowance - size
-        if rows < 0 or allowance < 0:
-            raise PeerError(
-                f"expected {len(promised.tensors)} tensors of {promised.tensor_bytes} bytes in all, as the manifest "
-                "promises, got more, so the transfer was stopped"
-            )
-        arrived, remaining = min(size, remaining), max(0, remaining - size)
-        if on_bytes is not None and arrived:
-            on_bytes(arrived)
-        yield batch
+    def _next(self) -> memoryview:
+        if not self._waiting:
+            chunk = next(self._chunks, None)
+            if not chunk:  # at the end, or an empty message, of which there could be no end
+                raise PeerError("expected more tensor bytes, got none, so the card is not whole")
+            self._waiting = chunk
+        return self._waiting
 
 
-def _checked_metadata(metadata: dict[bytes, bytes] | None, digest: Digest) -> bytes:
-    """The manifest in a card's schema metadata, if that is in bounds and the manifest is the one asked for."""
+def _received(stream: _ByteStream, manifest: Manifest) -> tuple[Tensor, ...]:
+    """The manifest's tensors out of `stream`, each checked as soon as it is whole."""
+    tensors = []
+    for spec in manifest.tensors:
+        tensor = Tensor.of(spec.name, spec.role, spec.dtype, spec.shape, stream.take(spec.nbytes))
+        check_tensor(tensor, spec)
+        tensors.append(tensor)
+    stream.end()
+    return tuple(tensors)
+
+
+def _check_size(manifest: Manifest, digest: Digest) -> None:
+    if manifest.tensor_bytes > limits.MAX_CARD_BYTES:
+        raise PeerError(
+            f"expected at most {limits.MAX_CARD_BYTES} bytes of tensors, got {manifest.tensor_bytes} in card {digest}, "
+            "so it is not fetched"
+        )
+
+
+def _checked_metadata(metadata: dict[bytes, bytes] | None, digest: Digest) -> dict[bytes, bytes]:
+    """A card's schema metadata, if it is in bounds and its manifest the one asked for."""
     found = metadata or {}
     size = sum(len(key) + len(value) for key, value in found.items())
     if size > limits.MAX_METADATA_BYTES:
         raise PeerError(f"expected schema metadata of at most {limits.MAX_METADATA_BYTES} bytes, got {size}")
     manifest = found.get(wire.MANIFEST_KEY)
     if manifest is None:
-        raise PeerError(f"expected a card under {digest}, got a stream without a manifest")
+        raise PeerError(f"expected a card under {digest}, got an answer without a manifest")
     if digest_of(manifest) != digest:
         raise PeerError(f"expected the manifest of card {digest}, got that of {digest_of(manifest)}")
-    return manifest
+    return found
 
 
 def _translated(error: Exception, address: str, broken: type[TransportError]) -> FederationError:

@@ -2,7 +2,7 @@
 
 A client's memory under a hostile peer stays under `MAX_MESSAGE_BYTES` and `READ_AHEAD_BYTES` for each call in progress,
 plus the tensor bytes of the one card being fetched, which are checked against `MAX_CARD_BYTES` before the first of them
-is read. One hole is known: Arrow inflates a compressed batch before we can look at it (docs/federation.md).
+is read. A client parses no record batch of a peer's, which could inflate to any size (docs/adr/0012).
 """
 
 from __future__ import annotations
@@ -16,20 +16,14 @@ PROBE_TIMEOUT_S = 2.0
 SLOWEST_BYTES_PER_S = 256 * 1024
 """A transfer's deadline is the call's, plus its promised bytes at this rate."""
 
-MAX_MESSAGE_BYTES = 16 << 20
-"""One Flight message as it is received. A card with a larger tensor is fetched again with room for just that tensor."""
+MAX_MESSAGE_BYTES = 4 << 20
+"""One Flight message as a client receives it."""
+
+TENSOR_CHUNK_BYTES = 1 << 20
+"""Tensor bytes in one message at the most."""
 
 READ_AHEAD_BYTES = 4 << 20
 """What a client lets arrive on one stream before it has looked at what came already."""
-
-MESSAGE_OVERHEAD_BYTES = 1 << 20
-"""Room in a message for what stands around a tensor's bytes."""
-
-ROW_OVERHEAD_BYTES = 4096
-"""What a row may take beside its tensor's bytes: name, role, dtype, shape, offsets, padding."""
-
-MAX_TENSOR_BYTES = (2 << 30) - (16 << 20)
-"""One tensor over Flight: a gRPC message ends at 2 GiB."""
 
 MAX_CARD_BYTES = 8 << 30
 """Sum of one card's tensors."""
@@ -39,6 +33,9 @@ MAX_METADATA_BYTES = 1 << 20
 
 MAX_NAME_CHARS = 64
 """A node's name."""
+
+MAX_REQUEST_BYTES = 4096
+"""The body of an action."""
 
 MAX_HEALTH_BYTES = 4096
 """The answer to `health`."""

@@ -128,6 +128,9 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
                 return iter([wire.encode_health(self._health())])
             if action.type == wire.ACTION_INVENTORY:
                 return self._stream(self._inventory())
+            if action.type == wire.ACTION_TENSORS:
+                request = wire.decode_tensors_request(action.body.to_pybytes()[: limits.MAX_REQUEST_BYTES + 1])
+                return self._stream(self._tensors(_open(self._registry, request.digest), request.offset))
             raise flight.FlightServerError(
                 f"action {action.type[:80]!r} is unknown; list_actions names those there are"
             )
@@ -136,6 +139,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
         return [
             (wire.ACTION_HEALTH, "who this node is and a token of its cards, as one JSON object"),
             (wire.ACTION_INVENTORY, "its cards as pages of JSON"),
+            (wire.ACTION_TENSORS, "a card's tensor bytes in the manifest's order, from an offset on"),
         ]
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
@@ -165,6 +169,10 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
     def _batches(self, reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
         with _flight_errors():
             yield from _read(reader)
+
+    def _tensors(self, reader: pa.RecordBatchFileReader, offset: int) -> Iterator[pa.Buffer]:
+        with _flight_errors():
+            yield from _tensor_bytes(reader, offset)
 
     def _stream(self, items: Iterator[Any]) -> Iterator[Any]:
         """`items`, holding one of the `MAX_STREAMS` places until the call ends, even if it never starts to read."""
@@ -220,6 +228,16 @@ def _read(reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
             batch = reader.get_batch(index)
             batch.validate(full=True)
         yield batch
+
+
+def _tensor_bytes(reader: pa.RecordBatchFileReader, offset: int) -> Iterator[pa.Buffer]:
+    """The card's tensor bytes from `offset` on, as views of the file; in a batch they follow one another."""
+    for batch in _read(reader):
+        data = batch.column("data").buffers()[2]
+        size = 0 if data is None else data.size
+        for start in range(min(offset, size), size, limits.TENSOR_CHUNK_BYTES):
+            yield data.slice(start, min(limits.TENSOR_CHUNK_BYTES, size - start))
+        offset = max(0, offset - size)
 
 
 @contextmanager

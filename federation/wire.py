@@ -22,6 +22,7 @@ PROTOCOL_VERSION = 1
 SERVICE_TYPE = "_arrowmoe._tcp.local."
 ACTION_HEALTH = "health"
 ACTION_INVENTORY = "inventory"
+ACTION_TENSORS = "tensors"
 DESCRIPTOR_ROOT = "skills"
 """First part of every descriptor's path: ``skills / NAME / VERSION / DIGEST``."""
 
@@ -46,6 +47,14 @@ class Health:
     protocol: int
     cards: _Count
     state: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorsRequest:
+    """Asks for a card's tensor bytes, in the manifest's order, from byte `offset` on."""
+
+    digest: _DigestText
+    offset: _Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +86,7 @@ class _Page:
 
 
 _HEALTH = TypeAdapter(Health)
+_TENSORS = TypeAdapter(TensorsRequest)
 _PAGE = TypeAdapter(_Page)
 
 
@@ -99,6 +109,17 @@ def decode_health(data: bytes) -> Health:
             hint="run the same release of arrowmoe on both nodes",
         )
     return health
+
+
+def encode_tensors_request(request: TensorsRequest) -> bytes:
+    """The body of the `tensors` action."""
+    return _json(asdict(request))
+
+
+def decode_tensors_request(data: bytes) -> TensorsRequest:
+    """What a client asks of the `tensors` action. Raises `PeerError`."""
+    request: TensorsRequest = _decode(_TENSORS, data, "a request for tensors", limits.MAX_REQUEST_BYTES)
+    return request
 
 
 def encode_inventory(entries: Iterable[InventoryEntry]) -> Iterator[bytes]:
@@ -172,6 +193,7 @@ def _decode(form: TypeAdapter[Any], data: bytes, what: str, limit: int) -> Any:
 __all__ = [
     "ACTION_HEALTH",
     "ACTION_INVENTORY",
+    "ACTION_TENSORS",
     "DESCRIPTOR_ROOT",
     "MANIFEST_KEY",
     "NOT_FOUND",
@@ -179,9 +201,12 @@ __all__ = [
     "SERVICE_TYPE",
     "Health",
     "InventoryEntry",
+    "TensorsRequest",
     "decode_health",
     "decode_inventory",
+    "decode_tensors_request",
     "encode_health",
     "encode_inventory",
+    "encode_tensors_request",
     "state_of",
 ]

@@ -14,7 +14,15 @@ import registry.peft_io as peft_io
 from registry.digest import Digest, digest_of
 from registry.errors import CardIntegrityError, ManifestError
 from registry.identity import Identity, Signature
-from registry.manifest import FORMAT_VERSION, AdapterSpec, Manifest, base_fingerprint, manifest_bytes, module_shapes
+from registry.manifest import (
+    FORMAT_VERSION,
+    AdapterSpec,
+    Manifest,
+    TensorSpec,
+    base_fingerprint,
+    manifest_bytes,
+    module_shapes,
+)
 from registry.tensor import Role, Tensor
 
 
@@ -131,10 +139,7 @@ class LoRACard:
         """Check signature, every tensor's digest, and that weights are finite. Raises `CardIntegrityError`."""
         self.verify_signature()
         for tensor, spec in zip(self.tensors, self.manifest.tensors, strict=True):
-            found = digest_of(tensor.data)
-            if found != spec.digest:
-                raise CardIntegrityError(f"tensor {spec.name!r} ({spec.role}): expected {spec.digest}, got {found}")
-        _check_finite(self.tensors)
+            check_tensor(tensor, spec)
 
     def verify_signature(self) -> None:
         """Check that the publisher named in the manifest signed it. An unsigned card names no publisher."""
@@ -158,6 +163,17 @@ class LoRACard:
 
     def __repr__(self) -> str:
         return f"LoRACard({self.name}@{self.version}, rank={self.manifest.adapter.rank}, {self.digest[:19]}…)"
+
+
+def check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
+    """Check a tensor's bytes against what the manifest promises, and that they are finite.
+
+    Raises `CardIntegrityError`.
+    """
+    found = digest_of(tensor.data)
+    if found != spec.digest:
+        raise CardIntegrityError(f"tensor {spec.name!r} ({spec.role}): expected {spec.digest}, got {found}")
+    _check_finite([tensor])
 
 
 def _layout_key(tensor: Tensor) -> tuple[int, str, str]:

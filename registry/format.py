@@ -119,7 +119,7 @@ def card_from_batches(
     Batches are drawn one by one, and none after the first that breaks the manifest's promise. Tensors are views of
     the batches. Raises as `LoRAFormat.load` does.
     """
-    manifest, signature = _described(metadata, limits)
+    manifest, signature = described(metadata, limits)
     tensors: list[Tensor] = []
     for batch in batches:
         specs = manifest.tensors[len(tensors) : len(tensors) + batch.num_rows]
@@ -205,8 +205,10 @@ def _check_metadata(metadata: Mapping[bytes, bytes], limits: CardLimits) -> None
         )
 
 
-def _described(metadata: Mapping[bytes, bytes], limits: CardLimits) -> tuple[Manifest, Signature | None]:
-    """The manifest and the signature that a schema's metadata hold."""
+def described(
+    metadata: Mapping[bytes, bytes], limits: CardLimits = _DEFAULT_LIMITS
+) -> tuple[Manifest, Signature | None]:
+    """The manifest and the signature that a schema's metadata hold; raises as `LoRAFormat.load` does."""
     _check_metadata(metadata, limits)
     if not metadata.keys() <= METADATA_KEYS or _MANIFEST not in metadata:
         raise CardFormatError(
@@ -296,4 +298,5 @@ __all__ = [
     "card_batches",
     "card_from_batches",
     "card_schema",
+    "described",
 ]

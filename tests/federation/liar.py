@@ -10,7 +10,7 @@ from pyarrow import flight
 
 from federation import wire
 from registry.card import LoRACard
-from registry.format import card_batches, card_schema
+from registry.format import card_schema
 
 NODE_ID = "0123456789abcdef" * 2
 
@@ -21,13 +21,12 @@ class Liar(flight.FlightServerBase):
     def __init__(self, card: LoRACard) -> None:
         self.card = card
         self.info_schema: pa.Schema | None = None
-        self.stream_schema: pa.Schema | None = None
-        self.batches: Callable[[], Iterator[Any]] = lambda: card_batches(card)
+        self.tensor_bytes: Callable[[], Iterator[Any]] = lambda: tensor_bytes(self.card)
         self.results: dict[str, Callable[[], Iterator[bytes]]] = {
             wire.ACTION_HEALTH: lambda: iter([wire.encode_health(health())]),
             wire.ACTION_INVENTORY: lambda: wire.encode_inventory([entry_of(card)]),
+            wire.ACTION_TENSORS: lambda: self.tensor_bytes(),
         }
-        self.options: pa.ipc.IpcWriteOptions | None = None
         super().__init__("grpc+tcp://127.0.0.1:0")
 
     @property
@@ -37,12 +36,14 @@ class Liar(flight.FlightServerBase):
     def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
         return flight.FlightInfo(self.info_schema or card_schema(self.card), descriptor, [], 0, 0)
 
-    def do_get(self, context: Any, ticket: flight.Ticket) -> flight.GeneratorStream:
-        schema = self.stream_schema or card_schema(self.card)
-        return flight.GeneratorStream(schema, self.batches(), self.options)
-
     def do_action(self, context: Any, action: flight.Action) -> Iterator[bytes]:
         return self.results[action.type]()
+
+
+def tensor_bytes(card: LoRACard) -> Iterator[bytes]:
+    """A card's tensor bytes, one message for each tensor."""
+    for tensor in card.tensors:
+        yield bytes(tensor.data)
 
 
 def health(**changes: Any) -> wire.Health:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import flight
@@ -17,9 +18,10 @@ from pyarrow import flight
 from federation import limits, wire
 from federation.client import LoRAFlightClient, probe
 from federation.errors import FederationError, PeerError, PeerUnreachableError, TransportError
-from registry.format import SCHEMA, card_batches, card_schema
+from registry.digest import digest_of
+from registry.format import SCHEMA, card_schema
 from registry.identity import Identity
-from tests.federation.liar import Liar, entry_of, health
+from tests.federation.liar import Liar, entry_of, health, tensor_bytes
 from tests.registry.cards import module_shapes, small_card
 
 
@@ -46,37 +48,57 @@ def test_another_card_than_asked(liar: Liar) -> None:
         fetch(liar)
 
 
-def test_another_card_in_the_stream_than_in_the_info(liar: Liar) -> None:
-    other = small_card("other")
-    liar.stream_schema, liar.batches = card_schema(other), lambda: card_batches(other)
-    with pytest.raises(PeerError, match="expected the manifest of card"):
-        fetch(liar)
-
-
 def test_the_right_manifest_over_other_tensors(liar: Liar) -> None:
-    liar.batches = lambda: card_batches(small_card("honest", modules=3, seed=1))
+    liar.tensor_bytes = lambda: tensor_bytes(small_card("honest", modules=3, seed=1))
     with pytest.raises(PeerError, match=r"damaged or forged.*expected blake3"):
         fetch(liar)
+
+
+def test_a_wrong_tensor_stops_the_transfer_at_once(liar: Liar) -> None:
+    card = liar.card = small_card("large", modules=module_shapes(64, d_in=1 << 16, d_out=4))
+    sent = 0
+
+    def wrong_at_first() -> Iterator[bytes]:
+        nonlocal sent
+        for index, data in enumerate(tensor_bytes(card)):
+            sent += len(data)
+            yield bytes(len(data)) if index == 0 else data
+
+    liar.tensor_bytes = wrong_at_first
+    with pytest.raises(PeerError, match="expected blake3"):
+        fetch(liar)
+    assert sent < card.nbytes  # what gRPC had buffered; the rest was cancelled
+
+
+def test_nan_that_the_manifest_promises(liar: Liar) -> None:
+    card = small_card("honest")
+    data = np.full(card.tensors[0].shape, np.nan, dtype=np.float32).tobytes()
+    fields = json.loads(card.manifest_bytes)
+    fields["tensors"][0]["digest"] = digest_of(data)
+    manifest = json.dumps(fields).encode()
+    liar.info_schema = SCHEMA.with_metadata({b"arrowmoe.format": b"1", b"arrowmoe.manifest": manifest})
+    liar.tensor_bytes = lambda: iter([data, *list(tensor_bytes(card))[1:]])
+    with LoRAFlightClient(liar.address) as client, pytest.raises(PeerError, match="NaN"):
+        client.fetch_skill(digest_of(manifest))
 
 
 def test_a_signature_of_somebody_else(liar: Liar) -> None:
     card = liar.card = small_card("signed").signed(Identity.generate())
     forged = Identity.generate().sign(card.manifest_bytes)
     metadata = {**card_schema(card).metadata, b"arrowmoe.signature": str(forged).encode()}
-    liar.info_schema = liar.stream_schema = SCHEMA.with_metadata(metadata)
-    liar.batches = lambda: card_batches(card)
+    liar.info_schema = SCHEMA.with_metadata(metadata)
     with pytest.raises(PeerError, match="publisher"):
         fetch(liar)
 
 
-def test_fewer_tensors_than_promised(liar: Liar) -> None:
-    liar.batches = lambda: (batch.slice(0, 2) for batch in card_batches(liar.card))
-    with pytest.raises(PeerError, match="damaged or forged"):
+def test_fewer_bytes_than_promised(liar: Liar) -> None:
+    liar.tensor_bytes = lambda: itertools.islice(tensor_bytes(liar.card), 2)
+    with pytest.raises(PeerError, match="not whole"):
         fetch(liar)
 
 
 def test_nothing_at_all(liar: Liar) -> None:
-    liar.batches = lambda: iter([])
+    liar.tensor_bytes = lambda: iter([])
     with pytest.raises(PeerError, match="not whole"):
         fetch(liar)
 
@@ -84,62 +106,50 @@ def test_nothing_at_all(liar: Liar) -> None:
 def test_more_than_promised_is_stopped_early(liar: Liar) -> None:
     sent = 0
 
-    def endless() -> Iterator[pa.RecordBatch]:
+    def endless() -> Iterator[bytes]:
         nonlocal sent
-        for _ in range(10_000):
+        yield from tensor_bytes(liar.card)
+        for _ in range(100_000):
             sent += 1
-            yield from card_batches(liar.card)
+            yield bytes(10_000)
 
-    liar.batches = endless
+    liar.tensor_bytes = endless
     with pytest.raises(PeerError, match="got more, so the transfer was stopped"):
         fetch(liar)
-    assert sent < 5_000  # what gRPC had buffered; the rest was cancelled
+    assert sent < 50_000  # what gRPC had buffered; the rest was cancelled
+
+
+def test_messages_may_be_cut_anywhere(liar: Liar) -> None:
+    whole = b"".join(tensor_bytes(liar.card))
+    liar.tensor_bytes = lambda: (whole[at : at + 7] for at in range(0, len(whole), 7))
+    assert fetch(liar) == liar.card
 
 
 def test_no_more_arrives_ahead_of_a_slow_reader_than_the_limit_says(liar: Liar) -> None:
     card = liar.card = small_card("large", modules=module_shapes(64, d_in=1 << 16, d_out=4))
     sent, sent_while_waiting = 0, []
 
-    def counted() -> Iterator[pa.RecordBatch]:
+    def counted() -> Iterator[bytes]:
         nonlocal sent
-        for batch in card_batches(card):
-            sent += batch.nbytes
-            yield batch
+        for data in tensor_bytes(card):
+            sent += len(data)
+            yield data
 
     def slow(_: int) -> None:
         if not sent_while_waiting:
             time.sleep(1)
             sent_while_waiting.append(sent)
 
-    liar.batches = counted
+    liar.tensor_bytes = counted
     with LoRAFlightClient(liar.address) as client:
         assert client.fetch_skill(card.digest, slow) == card
     assert sent_while_waiting[0] < limits.READ_AHEAD_BYTES + (24 << 20)  # and what the sockets and the server hold
     assert sent > 2 * sent_while_waiting[0]
 
 
-def test_fat_rows_are_stopped_by_their_bytes(liar: Liar) -> None:
-    (batch,) = card_batches(liar.card)
-    fat = pa.record_batch(
-        [*batch.columns[:4], pa.array([bytes(1 << 20)] * batch.num_rows, pa.large_binary())], schema=SCHEMA
-    )
-    liar.batches = lambda: iter([fat])
-    with pytest.raises(PeerError, match="got more, so the transfer was stopped"):
-        fetch(liar)
-
-
-def test_empty_batches_without_end(liar: Liar) -> None:
-    empty = pa.record_batch([pa.array([], field.type) for field in SCHEMA], schema=SCHEMA)
-    liar.batches = lambda: itertools.repeat(empty)
-    with pytest.raises(PeerError, match="got an empty one"):
-        fetch(liar)
-
-
-def test_other_columns(liar: Liar) -> None:
-    schema = pa.schema([("a", pa.int64())]).with_metadata(card_schema(liar.card).metadata)
-    liar.stream_schema = schema
-    liar.batches = lambda: iter([pa.record_batch([pa.array([1])], schema=schema)])
-    with pytest.raises(PeerError, match="expected the columns of a card"):
+def test_empty_messages_without_end(liar: Liar) -> None:
+    liar.tensor_bytes = lambda: itertools.repeat(b"")
+    with pytest.raises(PeerError, match="not whole"):
         fetch(liar)
 
 
@@ -153,17 +163,17 @@ def test_no_manifest(liar: Liar, metadata: dict[bytes, bytes] | None) -> None:
 def test_a_card_that_promises_too_much_is_refused_before_its_data(liar: Liar, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "MAX_CARD_BYTES", liar.card.nbytes - 1)
     asked: list[int] = []
-    liar.batches = lambda: iter(asked.append(1) or [])
+    liar.tensor_bytes = lambda: iter(asked.append(1) or [])
     with pytest.raises(PeerError, match="so it is not fetched"):
         fetch(liar)
     assert not asked
 
 
-def test_a_card_with_a_tensor_over_the_message_limit_is_fetched(liar: Liar) -> None:
+def test_a_message_over_the_limit_is_refused(liar: Liar) -> None:
     liar.card = small_card("large", modules=module_shapes(1, d_in=1 << 20, d_out=4), rank=5)
     assert max(tensor.nbytes for tensor in liar.card.tensors) > limits.MAX_MESSAGE_BYTES
-    liar.batches = lambda: card_batches(liar.card)
-    assert fetch(liar) == liar.card
+    with pytest.raises(PeerError, match="size limit"):
+        fetch(liar)
 
 
 @pytest.mark.parametrize(
@@ -206,11 +216,11 @@ def test_what_a_peer_says_cannot_drive_a_terminal(liar: Liar) -> None:
     ],
 )
 def test_what_a_server_raises_is_one_of_ours(liar: Liar, raised: Exception, expected: type[FederationError]) -> None:
-    def failing() -> Iterator[pa.RecordBatch]:
-        yield from card_batches(liar.card)
+    def failing() -> Iterator[bytes]:
+        yield from itertools.islice(tensor_bytes(liar.card), 2)
         raise raised
 
-    liar.batches = failing
+    liar.tensor_bytes = failing
     with pytest.raises(expected):
         fetch(liar)
 
@@ -229,11 +239,19 @@ def test_200_mib_of_metadata_take_no_memory(liar: Liar) -> None:
     assert answer["grown_mib"] < 64
 
 
-def test_200_mib_of_metadata_in_the_stream_take_no_memory(liar: Liar) -> None:
-    liar.stream_schema = SCHEMA.with_metadata({b"arrowmoe.manifest": bytes(200 << 20)})
-    answer = measured(liar.address, liar.card.digest)
-    assert answer["error"] == "PeerError", answer
-    assert answer["grown_mib"] < 64
+def test_a_compressed_record_batch_is_never_inflated(liar: Liar) -> None:
+    bomb = pa.record_batch([pa.array([bytes(1 << 30)], pa.large_binary())], names=["data"])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, bomb.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_batch(bomb)
+    message = sink.getvalue().to_pybytes()
+    del bomb
+    assert len(message) < 1 << 20
+    liar.results |= dict.fromkeys(liar.results, lambda: iter([message]))
+    for what in (liar.card.digest, "health", "inventory"):
+        answer = measured(liar.address, what)
+        assert answer["error"] == "PeerError", answer
+        assert answer["grown_mib"] < 64, answer
 
 
 def test_an_endless_inventory_takes_bounded_memory_and_time(liar: Liar) -> None:

@@ -101,7 +101,7 @@ def test_uploads_are_refused(raw: flight.FlightClient) -> None:
 
 def test_the_actions_are_listed_and_speak_json(theirs: Registry, raw: flight.FlightClient) -> None:
     entry = theirs.publish(small_card("poet", examples=["a line"]))
-    assert [action.type for action in raw.list_actions()] == [wire.ACTION_HEALTH, wire.ACTION_INVENTORY]
+    assert [action.type for action in raw.list_actions()] == ["health", "inventory", "tensors"]
     (said,) = raw.do_action("health")
     fields = json.loads(said.body.to_pybytes())
     assert fields == {
@@ -123,6 +123,30 @@ def test_health_says_when_the_cards_change(theirs: Registry, server: LoRAFlightS
         assert (empty.cards, client.health().cards) == (0, 1)
         assert empty.state != client.health().state
         assert client.health().state == client.health().state
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4 << 20, (4 << 20) + 5, 1 << 40])
+def test_tensors_leave_as_one_run_of_bytes_from_any_offset(
+    theirs: Registry, raw: flight.FlightClient, offset: int
+) -> None:
+    card = small_card("large", modules=module_shapes(8, d_in=1 << 17, d_out=8))
+    entry = theirs.publish(card)
+    request = json.dumps({"digest": entry.digest, "offset": offset}).encode()
+    messages = [result.body.to_pybytes() for result in raw.do_action(flight.Action("tensors", request))]
+    assert b"".join(messages) == b"".join(tensor.data for tensor in card.tensors)[offset:]
+    assert all(0 < len(message) <= limits.TENSOR_CHUNK_BYTES for message in messages)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b'{"digest": "../../etc/passwd"}', b'{"digest": 5}', b"x" * 5000, b'{"offset": -1}']
+)
+def test_a_request_for_tensors_that_is_none(raw: flight.FlightClient, body: bytes) -> None:
+    assert "a request for tensors" in failure(lambda: list(raw.do_action(flight.Action("tensors", body))))
+
+
+def test_tensors_of_a_card_that_is_not_there(raw: flight.FlightClient) -> None:
+    body = json.dumps({"digest": "blake3:" + "0" * 64}).encode()
+    assert "no card" in failure(lambda: list(raw.do_action(flight.Action("tensors", body))))
 
 
 def test_batches_leave_as_they_lie_in_the_file(theirs: Registry, raw: flight.FlightClient) -> None:

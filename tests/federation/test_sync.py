@@ -134,7 +134,7 @@ def test_a_card_that_the_first_peer_cannot_give_comes_from_the_next(
     (digest,) = theirs.digests()
     liar.card = theirs.get(digest)
     liar.results["inventory"] = lambda: wire.encode_inventory([entry_of(liar.card)])
-    liar.batches = lambda: iter([])
+    liar.tensor_bytes = lambda: iter([])
     report = sync(ours, [Peer.at(liar.address), peer])
     assert [failed for failed, _ in report.peers[0].failed] == [digest]
     assert [entry.digest for entry in report.peers[1].fetched] == [digest]
@@ -199,12 +199,12 @@ def test_memory_spares_the_inventory_until_either_side_changes(
 
 
 def test_memory_forgets_nothing_that_failed(ours: Registry, liar: Liar) -> None:
-    honest, liar.batches = liar.batches, lambda: iter([])
+    honest, liar.tensor_bytes = liar.tensor_bytes, lambda: iter([])
     memory: SyncMemory = {}
     peer = Peer.at(liar.address)
     assert only_peer(sync(ours, [peer], memory=memory)).failed
     assert only_peer(sync(ours, [peer], memory=memory, only=["else"])).failed == ()
-    liar.batches = honest
+    liar.tensor_bytes = honest
     assert len(only_peer(sync(ours, [peer], memory=memory)).fetched) == 1
 
 
