@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import platformdirs
 import torch
+from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from arrowmoe.errors import ModelLoadError
@@ -122,16 +124,16 @@ def load_base_model(
     where there is one); `name` overrides the logical name, and `kind` what the configuration says the model is.
     Raises `ModelLoadError`.
     """
-    source, logical = _locate(str(model), cache or default_cache())
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     disable_progress_bar()
     try:
+        source, logical = _locate(str(model), cache or default_cache())
         config = AutoConfig.from_pretrained(source)
         kind = kind or _kind_of(config)
         loader = AutoModelForCausalLM if kind == "causal" else AutoModel
         loaded = loader.from_pretrained(source, dtype=torch_dtype).to(torch_device)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelLoadError(
             f"base model {str(model)!r} cannot be loaded: {error}",
             hint=f"expected a hub id, a directory, a .gguf file or one of {', '.join(BUILTINS)}",
@@ -143,7 +145,7 @@ def load_base_model(
         kind=kind,
         model=loaded,
         tokenizer=tokenizer,
-        pooling=read_pooling(source) if Path(source).is_dir() else Pooling(),
+        pooling=read_pooling(source),
     )
     log.info("base_model_loaded", name=base.name, kind=kind, dtype=str(torch_dtype), device=str(torch_device))
     return base
@@ -164,23 +166,27 @@ def same_base(one: str | None, other: str | None) -> bool:
     return one == other or _last_component(one) == _last_component(other)
 
 
-def read_pooling(directory: str | Path) -> Pooling:
-    """The pooling that sentence-transformers files in `directory` describe; mean and unit length if there are none."""
-    root = Path(directory)
-    modules = _read_json(root / "modules.json") or []
+def read_pooling(source: str | Path) -> Pooling:
+    """The pooling that sentence-transformers files of a directory or hub id describe; without them mean, unit length.
+
+    Raises `ModelLoadError` for modules that `Pooling` cannot say.
+    """
+    modules = _read_json(source, "modules.json") or []
     if not modules:
         return Pooling()
     kinds = {str(module["type"]).rpartition(".")[2]: module for module in modules}
-    settings = _read_json(root / str(kinds["Pooling"]["path"]) / "config.json") if "Pooling" in kinds else None
-    limits = _read_json(root / "sentence_bert_config.json") or {}
+    if unknown := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise ModelLoadError(f"{source}: expected Transformer, Pooling and Normalize only, got {sorted(unknown)} too")
+    settings = _read_json(source, f"{kinds['Pooling']['path']}/config.json") if "Pooling" in kinds else None
+    limits = _read_json(source, "sentence_bert_config.json") or {}
     return Pooling(
-        mode=_pooling_mode(settings or {}, root),
+        mode=_pooling_mode(settings or {}, source),
         normalise="Normalize" in kinds,
         max_tokens=limits.get("max_seq_length"),
     )
 
 
-def _pooling_mode(settings: dict[str, Any], root: Path) -> Literal["mean", "cls", "last"]:
+def _pooling_mode(settings: dict[str, Any], source: str | Path) -> Literal["mean", "cls", "last"]:
     chosen = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
     modes: dict[str, Literal["mean", "cls", "last"]] = {
         "pooling_mode_mean_tokens": "mean",
@@ -190,7 +196,7 @@ def _pooling_mode(settings: dict[str, Any], root: Path) -> Literal["mean", "cls"
     if not settings:
         return "mean"
     if len(chosen) != 1 or chosen[0] not in modes:
-        raise ModelLoadError(f"{root}: expected one pooling mode out of {', '.join(modes)}, got {chosen}")
+        raise ModelLoadError(f"{source}: expected one pooling mode out of {', '.join(modes)}, got {chosen}")
     return modes[chosen[0]]
 
 
@@ -282,13 +288,23 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ModelLoadError(f"expected a torch device or 'auto', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"expected a device of this machine, got {name!r}, and torch finds no CUDA here")
+    return device
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read_json(source: str | Path, name: str) -> Any:
+    """A file of a directory or of a hub repository; None if there is none."""
+    found = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
 
 
 def _last_component(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,8 @@ def encode_batch(base: BaseModel, texts: Sequence[str]) -> Vectors:
         max_length=_max_tokens(base),
         return_tensors="pt",
     ).to(base.device)
+    if batch["input_ids"].shape[1] == 0:  # empty texts alone, and a tokenizer that frames them with nothing
+        return np.zeros((len(texts), base.d_model), dtype=np.float32)
     backbone = base.model.base_model
     states = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     vectors: Vectors = pool(states.float(), batch["attention_mask"], base.pooling).cpu().numpy()

@@ -92,11 +92,16 @@ class ArrowEngine:
         or the registry's and the format's own errors.
         """
         card = self._card(source)
-        self._check_base(card)
         with self._lock:
-            self._manager.apply_card(card)
+            self.hold(card)
             self._names[card.name] = card.digest
         return card.name
+
+    def hold(self, card: LoRACard) -> LoadedLoRA:
+        """Load a card that is asked for by its digest; what its name means stays as it is. Raises as `load_lora`."""
+        self._check_base(card)
+        with self._lock:
+            return self._manager.apply_card(card)
 
     def remove_lora(self, name: str) -> bool:
         """Take an adapter out, by name or digest; whether it was there. Without adapters the base is bit-identical."""
@@ -116,7 +121,7 @@ class ArrowEngine:
 
     def encode_with_lora(self, texts: Sequence[str], adapter: Adapter = "auto") -> Vectors:
         """Texts → (n, d) float32. `adapter` is as for `generate`."""
-        _check_texts(texts)
+        _refuse_one_string("texts", texts)
         gates = self.resolve(adapter, texts)
         vectors = np.zeros((len(texts), self.base.d_model), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
@@ -176,8 +181,8 @@ class ArrowEngine:
         """
         if self.base.kind != "causal":
             raise EngineError(f"{self.base.name} is an encoder, so it cannot generate", hint="use encode_with_lora()")
-        if isinstance(prompts, str):
-            raise PromptError("expected a list of prompts, got one string", hint="put it in a list")
+        _refuse_one_string("prompts", prompts)
+        _refuse_one_string("stop strings", stop)
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
         )
@@ -295,10 +300,7 @@ class ArrowEngine:
             )
         digest = self.registry.entry(name).digest
         if digest not in self._manager:
-            card = self.registry.get(digest)
-            self._check_base(card)
-            with self._lock:
-                self._manager.apply_card(card)
+            self.hold(self.registry.get(digest))
         return digest
 
     def _card(self, source: str | Path | LoRACard) -> LoRACard:
@@ -326,15 +328,17 @@ def prompt_text(prompt: Prompt) -> str:
     """What a router reads of a prompt: the string, or the last message of a user."""
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, Mapping):
+        raise PromptError("expected a string or a list of messages, got one message", hint="put it in a list")
     said = [message["content"] for message in prompt if message["role"] == "user"]
     if not said:
         raise PromptError("expected at least one message with role 'user'")
     return said[-1]
 
 
-def _check_texts(texts: Sequence[str]) -> None:
-    if isinstance(texts, str):
-        raise PromptError("expected a list of texts, got one string", hint="put it in a list")
+def _refuse_one_string(what: str, given: Sequence[object]) -> None:
+    if isinstance(given, str):
+        raise PromptError(f"expected a list of {what}, got one string", hint="put it in a list")
 
 
 def _per_row(adapter: str | Mixture | Sequence[str | Mixture | None] | None, rows: int) -> list[Mixture]:

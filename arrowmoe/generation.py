@@ -7,6 +7,7 @@ of its own, so what a row draws does not depend on its neighbours.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ from torch import Tensor
 from transformers import BatchEncoding, DynamicCache
 
 from arrowmoe.base_model import BaseModel
-from arrowmoe.errors import PromptError
+from arrowmoe.errors import EngineError, PromptError
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
 FinishReason = Literal["stop", "length"]
 Computing = Callable[[], AbstractContextManager[object]]
+_GREEDY_BELOW = 1e-6  # log-probabilities divided by less than this overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise PromptError(f"expected max_new_tokens of at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise PromptError(f"expected a temperature of at least 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise PromptError(f"expected a finite temperature of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise PromptError(f"expected top_p in (0, 1], got {self.top_p}")
+        if "" in self.stop:
+            raise PromptError("expected stop strings of at least one character, got an empty one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +119,12 @@ def _steps(
     base: BaseModel, batch: BatchEncoding, rows: list[_Row], steps: int, computing: Computing
 ) -> Iterator[Tensor]:
     """Logits (rows, vocabulary) of each step; between two of them the rows have chosen their tokens."""
+    known = inspect.signature(base.model.forward).parameters
+    if "past_key_values" not in known:  # it would go unread, and each step see one token only
+        raise EngineError(f"{base.name}: expected a model with a key-value cache, got {base.architecture}")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
     cache = DynamicCache(config=base.model.config)
-    known = inspect.signature(base.model.forward).parameters
     for _ in range(steps):
         optional = {"position_ids": positions, "logits_to_keep": 1}
         with computing():
@@ -175,13 +181,13 @@ class _Row:
         if sampling.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(sampling.seed + index)
+            self._random.manual_seed((sampling.seed + index) % 2**64)
 
     def choose(self, log_probs: Tensor) -> int:
         """The next token out of log-probabilities (vocabulary,); a finished row repeats its last one."""
         if self.finish_reason is not None:
             return self.last
-        if self._sampling.temperature == 0:
+        if self._sampling.temperature < _GREEDY_BELOW:
             return int(log_probs.argmax())
         probs = torch.softmax(log_probs / self._sampling.temperature, dim=-1)
         return int(torch.multinomial(_nucleus(probs, self._sampling.top_p), 1, generator=self._random))
@@ -205,7 +211,8 @@ class _Row:
 
     def _text(self) -> str:
         tokens = self._tokens[:-1] if self._tokens[-1] in self._ends else self._tokens
-        text: str = self._base.tokenizer.decode(tokens, skip_special_tokens=True)
+        # Cleaning up spaces would change characters that were streamed already.
+        text: str = self._base.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def _result(self, text: str) -> Generation:

@@ -145,12 +145,13 @@ class Inference:
         gates = router.route_texts(texts, base=engine.name)
         for digest in gates.adapters:
             if self._fetch is not None and router.is_virtual(digest):
-                engine.load_lora(self._fetch(digest))
+                engine.hold(self._fetch(digest))
         return gates
 
     def _model_state(self, model: str, future: Future[ArrowEngine]) -> dict[str, Any]:
-        error = future.exception() if future.done() else None
-        engine = future.result() if future.done() and error is None else None
+        done = future.done()  # asked once: it may change at any moment
+        error = future.exception() if done else None
+        engine = future.result() if done and error is None else None
         waiting = "loading" if future.running() else "waiting"
         return {
             "model": model,
@@ -212,8 +213,9 @@ class Inference:
 
     def _forget_removed(self, engine: ArrowEngine) -> None:
         """Unload adapters whose card was removed from the registry."""
+        held = engine.list_loras()  # before the catalog is read: what is fetched and loaded meanwhile is in neither
         here = self._registry.digests()
-        for loaded in engine.list_loras():
+        for loaded in held:
             if loaded.digest not in here:
                 engine.remove_lora(loaded.digest)
 
@@ -221,7 +223,12 @@ class Inference:
 def logical_name(model: str) -> str:
     """The name that cards know base model `model` by, without loading it."""
     builtin = arrowmoe.BUILTINS.get(model)
-    return builtin.name if builtin is not None else Path(model).name if Path(model).exists() else model
+    if builtin is not None:
+        return builtin.name
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return path.stem
+    return path.resolve().name if path.is_dir() else model
 
 
 __all__ = ["Inference", "Offers", "logical_name"]

@@ -193,13 +193,15 @@ class Node:
                 work()
             except ArrowMoEError as error:  # a locked catalog, a damaged file: the next round may do better
                 log.warning("peers_not_watched", error=str(error), kind=type(error).__name__)
+            except Exception:  # a bug in one round must not end the watching
+                log.exception("peers_not_watched")
             work = self._look
             self._stopping.wait(self.settings.peer_interval_s)
 
     def _look(self) -> SyncReport:
         """Ask every known peer what it offers; what is not here becomes a virtual candidate."""
         report = self.swarm.look()
-        self.inference.offers = self.swarm.offers
+        self.inference.offers = self.swarm.offers if self.settings.route_to_offers else {}
         self.inference.refresh()
         return report
 

@@ -78,4 +78,4 @@ def route(prompt: str, *, engine: ArrowEngine, router: LoRARouter | None, may_fe
 def _fetch_missing(gates: Gates, router: LoRARouter, engine: ArrowEngine, fetch: Fetch) -> tuple[str, ...]:
     """Fetch and load what was chosen and is with a peer only; names of what came."""
     virtual = [digest for digest in gates.adapters if router.is_virtual(digest)]
-    return tuple(engine.load_lora(fetch(digest)) for digest in virtual)
+    return tuple(engine.hold(fetch(digest)).name for digest in virtual)

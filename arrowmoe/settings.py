@@ -34,6 +34,7 @@ CONFIG_VARIABLE = "ARROWMOE_CONFIG"
 DEBUG_VARIABLE = "ARROWMOE_DEBUG"
 CONFIG_NAMES = ("config.toml", "config.yaml", "config.yml")
 DEFAULT = "default"
+_FLAGS = {"peers": "peer", "bases": "base", "discovery": "no-discovery"}
 
 
 class ConfigurationError(ArrowMoEError):
@@ -107,6 +108,9 @@ class Settings(BaseSettings):
     open: bool = Field(default=False, description="serve beyond loopback without authentication")
     discovery: bool = Field(default=True, description="announce this node and look for others with mDNS")
     peers: Peers = Field(default=(), description="peers that are always asked, as HOST:PORT")
+    route_to_offers: bool = Field(
+        default=True, description="whether cards that peers offer are routed to, and then fetched"
+    )
     peer_interval_s: float = Field(
         default=15.0, ge=0.1, le=86_400, description="how often peers are asked what they offer"
     )
@@ -207,6 +211,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigurationError(f"expected settings by name in {path}, got {type(values).__name__}")
+    if odd := [name for name in values if not isinstance(name, str)]:  # YAML reads `on` and `1` as no text
+        raise ConfigurationError(f"expected settings by name in {path}, got {odd[0]!r} for a name")
     return values
 
 
@@ -242,7 +248,9 @@ def _one_error(item: Mapping[str, Any], sources: Mapping[str, str]) -> str:
     source = sources.get(known, DEFAULT)
     if item["type"] == "extra_forbidden":
         return f"{_spelled(known, source)}: no such setting"
-    return f"{_spelled(known, source)}: {item['msg'].removeprefix('Value error, ')}, got {item['input']!r}"
+    if item["type"] == "value_error":  # our own, which says what it got
+        return f"{_spelled(known, source)}: {item['ctx']['error']}"
+    return f"{_spelled(known, source)}: {item['msg']}, got {item['input']!r}"
 
 
 def _spelled(name: str, source: str) -> str:
@@ -250,7 +258,7 @@ def _spelled(name: str, source: str) -> str:
     if source == "environment":
         return PREFIX + name.replace(".", "__").upper()
     if source == "flag":
-        return "--" + name.replace("_", "-")
+        return "--" + _FLAGS.get(name, name).replace("_", "-")
     return f"{name} ({source})"
 
 

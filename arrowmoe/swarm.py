@@ -135,7 +135,9 @@ class Swarm:
         return report
 
     def fetch(self, digest: str) -> LoRACard:
-        """Bring the card of an offer: fetched, verified, admitted."""
+        """Bring the card of an offer: fetched, verified, admitted; as it stands if it came here meanwhile."""
+        if digest in self._registry.digests():
+            return self._registry.get(digest)
         offer = self.offers.get(Digest(digest))
         if offer is None:
             raise FederationError(f"no peer offers card {digest} any more", hint="ask again: it is not routed to now")

@@ -2,7 +2,7 @@
 
 A card's digest is the digest of its manifest, and the manifest says how large every tensor is. So a fetch reads the
 manifest first and, once that is known to be the one asked for, believes its sizes and holds the peer to them. Tensors
-come as plain bytes: a record batch could inflate to any size before one may look at it.
+come as plain bytes: Arrow never reads what a peer sends, for it could inflate to any size before one may look at it.
 What the peer got wrong is a `PeerError`, what the line got wrong a `TransportError`.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from itertools import islice
 from typing import Self
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
@@ -23,7 +25,7 @@ from registry.card import LoRACard, check_tensor
 from registry.digest import Digest, digest_of
 from registry.errors import CardError
 from registry.format import described
-from registry.manifest import Manifest
+from registry.manifest import FORMAT_VERSION, Manifest
 from registry.tensor import Tensor
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
@@ -87,14 +89,19 @@ class LoRAFlightClient:
         self.close()
 
     def _metadata(self, digest: Digest) -> dict[bytes, bytes]:
-        """The schema metadata of the card, whose manifest is known to be the one asked for."""
-        descriptor = flight.FlightDescriptor.for_path(wire.DESCRIPTOR_ROOT, digest)
-        with self._line(PeerUnreachableError):
-            metadata = self._shared().get_flight_info(descriptor, self._options(self._timeout_s)).schema.metadata
-        return _checked_metadata(metadata, digest)
+        """The card's manifest, known to be the one asked for, and its signature, as a card file's metadata has them."""
+        action = flight.Action(wire.ACTION_MANIFEST, wire.encode_card_request(wire.CardRequest(digest=digest)))
+        with closing(self._results(action, self._timeout_s, PeerUnreachableError)) as results:
+            parts = [bytes(part) for part in islice(results, 3)]
+        if not 1 <= len(parts) <= 2:
+            raise PeerError(f"expected the manifest of card {digest} and at most a signature, got {len(parts)} parts")
+        if digest_of(parts[0]) != digest:
+            raise PeerError(f"expected the manifest of card {digest}, got that of {digest_of(parts[0])}")
+        keys = (wire.MANIFEST_KEY, wire.SIGNATURE_KEY)
+        return {wire.FORMAT_KEY: b"%d" % FORMAT_VERSION, **dict(zip(keys, parts, strict=False))}
 
     def _tensor_bytes(self, digest: Digest, promised: Manifest) -> Generator[memoryview, None, None]:
-        body = wire.encode_tensors_request(wire.TensorsRequest(digest=digest))
+        body = wire.encode_card_request(wire.CardRequest(digest=digest))
         deadline_s = self._timeout_s + promised.tensor_bytes / limits.SLOWEST_BYTES_PER_S
         yield from self._results(flight.Action(wire.ACTION_TENSORS, body), deadline_s, TransferError)
 
@@ -109,7 +116,7 @@ class LoRAFlightClient:
         """The results of an action, one by one; closing the iterator early cancels the call."""
         with self._line(broken):
             for result in self._shared().do_action(action, self._options(timeout_s)):
-                yield memoryview(result.body)
+                yield memoryview(result.body).cast("B")
 
     def _shared(self) -> flight.FlightClient:
         if self._channel is None:
@@ -151,9 +158,9 @@ class _ByteStream:
         self._chunks, self._on_bytes = chunks, on_bytes
         self._waiting = memoryview(b"")
 
-    def take(self, count: int) -> bytearray:
-        """The next `count` bytes. Raises `PeerError` if the stream ends before."""
-        data, filled = bytearray(count), 0
+    def take(self, count: int) -> memoryview:
+        """The next `count` bytes. Raises `PeerError` if the stream ends before, or if there is no memory for them."""
+        data, filled = _untouched(count), 0
         while filled < count:
             part = self._next()[: count - filled]
             data[filled : filled + len(part)] = part
@@ -176,6 +183,14 @@ class _ByteStream:
         return self._waiting
 
 
+def _untouched(count: int) -> memoryview:
+    """Room for `count` bytes, of which the system gives a page when it is written to: a promise alone costs nothing."""
+    try:
+        return np.empty(count, dtype=np.uint8).data
+    except MemoryError as error:
+        raise PeerError(f"expected a tensor that fits into memory, got one of {count} bytes") from error
+
+
 def _received(stream: _ByteStream, manifest: Manifest) -> tuple[Tensor, ...]:
     """The manifest's tensors out of `stream`, each checked as soon as it is whole."""
     tensors = []
@@ -193,20 +208,6 @@ def _check_size(manifest: Manifest, digest: Digest) -> None:
             f"expected at most {limits.MAX_CARD_BYTES} bytes of tensors, got {manifest.tensor_bytes} in card {digest}, "
             "so it is not fetched"
         )
-
-
-def _checked_metadata(metadata: dict[bytes, bytes] | None, digest: Digest) -> dict[bytes, bytes]:
-    """A card's schema metadata, if it is in bounds and its manifest the one asked for."""
-    found = metadata or {}
-    size = sum(len(key) + len(value) for key, value in found.items())
-    if size > limits.MAX_METADATA_BYTES:
-        raise PeerError(f"expected schema metadata of at most {limits.MAX_METADATA_BYTES} bytes, got {size}")
-    manifest = found.get(wire.MANIFEST_KEY)
-    if manifest is None:
-        raise PeerError(f"expected a card under {digest}, got an answer without a manifest")
-    if digest_of(manifest) != digest:
-        raise PeerError(f"expected the manifest of card {digest}, got that of {digest_of(manifest)}")
-    return found
 
 
 def _translated(error: Exception, address: str, broken: type[TransportError]) -> FederationError:

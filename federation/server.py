@@ -128,8 +128,10 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
                 return iter([wire.encode_health(self._health())])
             if action.type == wire.ACTION_INVENTORY:
                 return self._stream(self._inventory())
+            if action.type == wire.ACTION_MANIFEST:
+                return iter(_described(_open(self._registry, _requested(action).digest)))
             if action.type == wire.ACTION_TENSORS:
-                request = wire.decode_tensors_request(action.body.to_pybytes()[: limits.MAX_REQUEST_BYTES + 1])
+                request = _requested(action)
                 return self._stream(self._tensors(_open(self._registry, request.digest), request.offset))
             raise flight.FlightServerError(
                 f"action {action.type[:80]!r} is unknown; list_actions names those there are"
@@ -139,6 +141,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
         return [
             (wire.ACTION_HEALTH, "who this node is and a token of its cards, as one JSON object"),
             (wire.ACTION_INVENTORY, "its cards as pages of JSON"),
+            (wire.ACTION_MANIFEST, "a card's manifest, and its signature if it has one"),
             (wire.ACTION_TENSORS, "a card's tensor bytes in the manifest's order, from an offset on"),
         ]
 
@@ -228,6 +231,15 @@ def _read(reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
             batch = reader.get_batch(index)
             batch.validate(full=True)
         yield batch
+
+
+def _requested(action: flight.Action) -> wire.CardRequest:
+    return wire.decode_card_request(action.body.to_pybytes())
+
+
+def _described(reader: pa.RecordBatchFileReader) -> list[bytes]:
+    metadata = reader.schema.metadata or {}
+    return [metadata[key] for key in (wire.MANIFEST_KEY, wire.SIGNATURE_KEY) if key in metadata]
 
 
 def _tensor_bytes(reader: pa.RecordBatchFileReader, offset: int) -> Iterator[pa.Buffer]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import FailFast, Field, StringConstraints, TypeAdapter, ValidationError
 
 from federation import limits
 from federation.errors import PeerError
@@ -22,6 +22,7 @@ PROTOCOL_VERSION = 1
 SERVICE_TYPE = "_arrowmoe._tcp.local."
 ACTION_HEALTH = "health"
 ACTION_INVENTORY = "inventory"
+ACTION_MANIFEST = "manifest"
 ACTION_TENSORS = "tensors"
 DESCRIPTOR_ROOT = "skills"
 """First part of every descriptor's path: ``skills / NAME / VERSION / DIGEST``."""
@@ -29,12 +30,20 @@ DESCRIPTOR_ROOT = "skills"
 MANIFEST_KEY = b"arrowmoe.manifest"
 """Key of the manifest in a card's schema metadata."""
 
+SIGNATURE_KEY = b"arrowmoe.signature"
+"""Key of the signature there."""
+
+FORMAT_KEY = b"arrowmoe.format"
+"""Key of the format's version there."""
+
 NOT_FOUND = b"not-found"
 """Extra info of the Flight error for a card that a server does not have."""
 
 _DigestText = Annotated[Digest, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
 _NodeName = Annotated[str, StringConstraints(min_length=1, max_length=limits.MAX_NAME_CHARS)]
 _NodeId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+# FailFast: pydantic keeps every error it finds, which made 500 MiB of a hostile page of 1 MiB.
+_Texts = Annotated[tuple[str, ...], FailFast()]
 _Count = Annotated[int, Field(ge=0, le=1 << 40)]
 
 
@@ -50,8 +59,8 @@ class Health:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorsRequest:
-    """Asks for a card's tensor bytes, in the manifest's order, from byte `offset` on."""
+class CardRequest:
+    """Asks for a card's manifest, or for its tensor bytes, in the manifest's order, from byte `offset` on."""
 
     digest: _DigestText
     offset: _Count = 0
@@ -70,8 +79,8 @@ class InventoryEntry:
     rank: Annotated[int, Field(ge=1, le=1 << 16)]
     nbytes: _Count
     description: Annotated[str, StringConstraints(max_length=16_384)] = ""
-    domains: tuple[str, ...] = ()
-    examples: tuple[str, ...] = ()
+    domains: _Texts = ()
+    examples: _Texts = ()
     publisher: str | None = None
 
     @property
@@ -82,11 +91,11 @@ class InventoryEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class _Page:
-    cards: Annotated[tuple[InventoryEntry, ...], Field(max_length=limits.MAX_PAGE_ENTRIES)]
+    cards: Annotated[tuple[InventoryEntry, ...], Field(max_length=limits.MAX_PAGE_ENTRIES), FailFast()]
 
 
 _HEALTH = TypeAdapter(Health)
-_TENSORS = TypeAdapter(TensorsRequest)
+_REQUEST = TypeAdapter(CardRequest)
 _PAGE = TypeAdapter(_Page)
 
 
@@ -111,14 +120,14 @@ def decode_health(data: bytes) -> Health:
     return health
 
 
-def encode_tensors_request(request: TensorsRequest) -> bytes:
-    """The body of the `tensors` action."""
+def encode_card_request(request: CardRequest) -> bytes:
+    """The body of the actions `manifest` and `tensors`."""
     return _json(asdict(request))
 
 
-def decode_tensors_request(data: bytes) -> TensorsRequest:
-    """What a client asks of the `tensors` action. Raises `PeerError`."""
-    request: TensorsRequest = _decode(_TENSORS, data, "a request for tensors", limits.MAX_REQUEST_BYTES)
+def decode_card_request(data: bytes) -> CardRequest:
+    """What a client asks of these actions. Raises `PeerError`."""
+    request: CardRequest = _decode(_REQUEST, data, "a request for a card", limits.MAX_REQUEST_BYTES)
     return request
 
 
@@ -193,20 +202,21 @@ def _decode(form: TypeAdapter[Any], data: bytes, what: str, limit: int) -> Any:
 __all__ = [
     "ACTION_HEALTH",
     "ACTION_INVENTORY",
+    "ACTION_MANIFEST",
     "ACTION_TENSORS",
     "DESCRIPTOR_ROOT",
     "MANIFEST_KEY",
     "NOT_FOUND",
     "PROTOCOL_VERSION",
     "SERVICE_TYPE",
+    "CardRequest",
     "Health",
     "InventoryEntry",
-    "TensorsRequest",
+    "decode_card_request",
     "decode_health",
     "decode_inventory",
-    "decode_tensors_request",
+    "encode_card_request",
     "encode_health",
     "encode_inventory",
-    "encode_tensors_request",
     "state_of",
 ]

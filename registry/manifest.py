@@ -136,7 +136,8 @@ class Manifest(_Value):
             json.loads(data.decode(), object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
             manifest = cls.model_validate_json(data)
         except (ValueError, RecursionError) as error:  # pydantic's and json's errors are ValueErrors
-            raise ManifestError(f"the manifest is not of the expected form: {_in_one_line(error)}") from error
+            message = f"the manifest is not of the expected form: {_in_one_line(error)}"
+            raise ManifestError(message, hint=_hint_for(error)) from error
         check_structure(manifest)
         return manifest
 
@@ -242,6 +243,13 @@ def _in_one_line(error: Exception) -> str:
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}{got}{more}"
     return str(error)
+
+
+def _hint_for(error: Exception) -> str | None:
+    """A name is often a folder's, so what it may hold is said in words."""
+    if isinstance(error, ValidationError) and error.errors(include_url=False)[0]["loc"] == ("name",):
+        return "a card's name holds letters, digits and . _ - within, and no spaces; give it another one"
+    return None
 
 
 __all__ = [

@@ -8,9 +8,11 @@ is published when its row is committed; a file that no note mentions is reported
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -73,14 +75,26 @@ class Registry:
     def publish(self, card: LoRACard, *, tags: Iterable[str] = ()) -> CardEntry:
         """Store a card of this node under its name and version; an unsigned one is signed first.
 
-        The same card again gives the same entry. Raises `LabelTakenError` if the label means another card, and
-        `CardIntegrityError` if the card does not hold what its manifest promises.
+        The same card again gives the same entry, and so does an unsigned one that differs only in when it was made.
+        Raises `LabelTakenError` if the label means another card, and `CardIntegrityError` if the card does not hold
+        what its manifest promises.
         """
         tags = _checked_tags(tags)
-        card = card.signed(self.identity) if card.signature is None else card
+        if card.signature is None:
+            card = self._published_before(card) or card.signed(self.identity)
         card.verify()
         self._catalog.check_label_free(card)
         return self._store(card, tags=tags, exclusive=True)
+
+    def _published_before(self, card: LoRACard) -> LoRACard | None:
+        """This card as it was published before, if the one that has its label differs in nothing but its making."""
+        try:
+            known = self.get(f"{card.name}@{card.version}")
+        except (UnknownCardError, CardError, MissingFileError):
+            return None
+        if _without_making(known) != _without_making(card):
+            return None
+        return replace(card, manifest_bytes=known.manifest_bytes, manifest=known.manifest, signature=known.signature)
 
     def admit(self, card: LoRACard, *, origin: Origin, tags: Iterable[str] = ()) -> CardEntry:
         """Store a peer's card, whose tensors were verified as they came, byte for byte as it was signed.
@@ -243,6 +257,11 @@ def _home_errors(home: Path) -> Iterator[None]:
             f"cannot use the home {home}: {error.strerror or error}",
             hint="use a directory that you may write, with --home DIR or ARROWMOE_HOME",
         ) from error
+
+
+def _without_making(card: LoRACard) -> dict[str, object]:
+    fields: dict[str, object] = json.loads(card.manifest_bytes)
+    return {key: value for key, value in fields.items() if key not in ("created", "publisher")}
 
 
 def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:

@@ -76,7 +76,8 @@ def adapted_model(
     model: PreTrainedModel, *, seed: int, dtype: torch.dtype = torch.float32, scale: float = 0.3, **lora_config: Any
 ) -> PeftModel:
     """The `PeftModel` that `make_peft` saves, in eval mode, over a copy of `model`."""
-    lora_config.setdefault("target_modules", list(_targets_of(model)))
+    if "target_modules" not in lora_config:
+        lora_config["target_modules"] = list(_targets_of(model))
     lora_config.setdefault("r", 4)
     lora_config.setdefault("lora_alpha", 6)
     with torch.random.fork_rng(devices=[]):

@@ -29,7 +29,11 @@ def adapter_of(values: Sequence[str]) -> Any:
         return "auto"
     if list(values) == ["none"]:
         return None
+    if alone := [value for value in values if value in ("auto", "none")]:
+        raise NodeError(f"expected --adapter {alone[0]} alone, got {list(values)}")
     pairs = [value.rpartition("=") if "=" in value else (value, "=", "1") for value in values]
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise NodeError(f"expected each card once, got {list(values)}", hint="give it its whole weight: NAME=WEIGHT")
     try:
         return {name: float(weight) for name, _, weight in pairs}
     except ValueError as error:

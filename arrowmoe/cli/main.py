@@ -127,12 +127,13 @@ def run(args: Sequence[str]) -> int:
     except ArrowMoEError as error:
         _explain(invocation.out, str(error), error.hint)
         return 1
-    except Exception as error:  # noqa: BLE001 - the last resort: said to be a bug, its traceback kept
-        kept = _keep_traceback()
-        _explain(
-            invocation.out, f"{type(error).__name__}: {error}", f"this is a bug in arrowmoe; report it with {kept}"
-        )
+    except UnicodeEncodeError as error:
+        if not any(_is_not_utf8(word) for word in args):
+            return _explain_bug(invocation.out, error)
+        _explain(invocation.out, "expected words in UTF-8 on the command line, got other bytes", None)
         return 1
+    except Exception as error:  # noqa: BLE001 - the last resort: said to be a bug, its traceback kept
+        return _explain_bug(invocation.out, error)
     return 0
 
 
@@ -146,6 +147,16 @@ def _explain(out: Output, message: str, hint: str | None) -> None:
     if os.environ.get("ARROWMOE_DEBUG") == "1":
         out.traceback()
     out.error(message, hint)
+
+
+def _explain_bug(out: Output, error: Exception) -> int:
+    _explain(out, f"{type(error).__name__}: {error}", f"this is a bug in arrowmoe; report it with {_keep_traceback()}")
+    return 1
+
+
+def _is_not_utf8(word: str) -> bool:
+    """Whether Python put surrogates for bytes that it could not decode."""
+    return any("\ud800" <= character <= "\udfff" for character in word)
 
 
 def _keep_traceback() -> Path:

@@ -1,7 +1,7 @@
 """The one place that prints. Results go to stdout: for people, as JSON, or as bare values; all else goes to stderr.
 
-What a card, a peer or a model says is never trusted with the terminal: control characters are replaced, and nothing of
-it is read as markup.
+What a card, a peer or a model says is never trusted with the terminal: control characters, and those that turn the
+direction of writing, are replaced; nothing of it is read as markup.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Mode = Literal["human", "json", "quiet"]
 Advance = Callable[[str, float, float], None]
 """Text, done and total so far; a total of 0 means nobody knows."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 _WIDE = 160
 
 
@@ -55,11 +55,11 @@ class Output:
         _console(sys.stdout).print(Text(clean(text), style=style), soft_wrap=True)
 
     def fields(self, rows: Iterable[tuple[str, object]]) -> None:
-        """Names and values, one pair a line; a value of None or "" is left out."""
+        """Names and values, one pair a line; a value of None or "" is left out, one of several lines is indented."""
         shown = [(name, value) for name, value in rows if value not in (None, "", [])]
         width = max((len(name) for name, _ in shown), default=0)
         for name, value in shown:
-            self.line(f"{name.ljust(width)}  {clean(value)}")
+            self.line(f"{name.ljust(width)}  {_indented(str(value), width + 2)}")
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) -> None:
         """A table; `empty` is said instead where it has no rows. Columns ending in `>` are numbers."""
@@ -99,6 +99,11 @@ class Output:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
             yield _advance(bar, bar.add_task(text, total=None))
+
+
+def _indented(text: str, columns: int) -> str:
+    """`text` whose second and later lines cannot be taken for fields."""
+    return text.replace("\n", "\n" + " " * columns)
 
 
 def _advance(bar: Progress, task: TaskID) -> Advance:

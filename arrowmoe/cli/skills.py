@@ -71,7 +71,9 @@ def ls(
     invocation = app_of(context)
     with invocation.registry() as registry:
         cards = [arrowmoe.views.card(entry) for entry in registry.list(name=name, base=base, tag=tag)]
-    _show_cards(invocation, cards, "no cards; `arrowmoe skills import` or `skills sync` brings some")
+    asked = name or base or tag
+    empty = "no card is like that" if asked else "no cards; `arrowmoe skills import` or `skills sync` brings some"
+    _show_cards(invocation, cards, empty)
 
 
 @app.command()
@@ -151,8 +153,12 @@ def label(
     new_name, at, version = name.partition("@")
     with invocation.registry() as registry:
         digest = registry.entry(ref).digest
-        registry.label(digest, new_name, version if at else registry.next_version(new_name))
+        label = f"{new_name}@{version if at else registry.next_version(new_name)}"
+        before = [entry for entry in registry.list() if label in entry.labels and entry.digest != digest]
+        registry.label(digest, *label.split("@", 1))
         found = arrowmoe.views.card(registry.entry(digest))
+    for entry in before:
+        invocation.out.note(f"{label} no longer means {short(entry.digest)}")
     invocation.out.result(found, lambda: invocation.out.line(" ".join(found["labels"])), quiet=found["labels"])
 
 
@@ -240,7 +246,7 @@ def _fetched_digests(report: dict[str, Any]) -> list[str]:
 def _show_cards(invocation: App, cards: list[dict[str, Any]], empty: str) -> None:
     rows = [
         (
-            f"{card['name']}@{card['version']}",
+            _called(card),
             short(card["digest"]),
             card["base_name"] or "?",
             card["rank"],
@@ -254,6 +260,12 @@ def _show_cards(invocation: App, cards: list[dict[str, Any]], empty: str) -> Non
     invocation.out.result(
         cards, lambda: invocation.out.table(columns, rows, empty), quiet=[card["digest"] for card in cards]
     )
+
+
+def _called(card: dict[str, Any]) -> str:
+    """What the card goes by in this home: its own name, unless that label was moved to another card."""
+    own = f"{card['name']}@{card['version']}"
+    return own if own in card["labels"] else next(iter(card["labels"]), f"{own} (no label)")
 
 
 def _show_card(invocation: App, card: dict[str, Any]) -> None:

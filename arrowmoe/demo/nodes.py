@@ -96,10 +96,14 @@ def node_process(name: str, directory: Path, *, bases: Sequence[str] = ()) -> It
 
 
 def _environment(given: Mapping[str, str], directory: Path) -> dict[str, str]:
-    """The demo runs on defaults, offline, whatever the user's own nodes are told; torch's caches go with the homes."""
+    """The demo runs on defaults, offline, whatever the user's own nodes are told; torch's caches go with the homes.
+
+    Nodes of others on this network may offer cards too; the demo uses those of its own.
+    """
     kept = {name: value for name, value in given.items() if not name.startswith("ARROWMOE_") or name in KEPT_VARIABLES}
     return kept | {
         "ARROWMOE_LOG__FORMAT": "human",
+        "ARROWMOE_ROUTE_TO_OFFERS": "0",
         "HF_HUB_OFFLINE": "1",
         "TMPDIR": str(directory),
     }

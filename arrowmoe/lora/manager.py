@@ -193,8 +193,14 @@ def _low_rank(card: LoRACard, name: str, tensors: Tensors, module: nn.Module) ->
     return LowRank(
         a=to_torch(a, like),
         b=to_torch(b, like).T,
-        scaling=card.manifest.adapter.scaling_of(name),
+        scaling=card.manifest.adapter.scaling_of(name) * _output_scale(module),
     )
+
+
+def _output_scale(module: nn.Module) -> float:
+    """The factor on what an embedding gives (Gemma's √d), which the adapter's part takes as well."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return float(torch.as_tensor(scale).to(module.get_parameter("weight").dtype))
 
 
 def _dora_factor(tensors: Tensors, low_rank: LowRank | None, module: nn.Module) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from arrowmoe.engine import ArrowEngine
 from arrowmoe.errors import (
@@ -194,6 +195,26 @@ def test_one_string_is_not_a_list(encoder: ArrowEngine) -> None:
         encoder.encode("w5")
     with pytest.raises(PromptError, match="list"):
         llama_engine().generate("w5")
+    with pytest.raises(PromptError, match="list of stop strings"):
+        llama_engine().generate(["w5"], stop="w9")
+
+
+def test_a_list_of_messages_is_not_a_list_of_prompts() -> None:
+    with pytest.raises(PromptError, match="one message"):
+        llama_engine().generate([{"role": "user", "content": "w5"}])
+
+
+def test_empty_texts_are_zero_vectors_where_the_tokenizer_adds_nothing(encoder: ArrowEngine) -> None:
+    assert not encoder.encode([""]).any()
+    np.testing.assert_array_equal(encoder.encode(["", "w5"])[0], encoder.encode([""])[0])
+
+
+def test_a_card_that_is_held_does_not_take_over_a_name(encoder: ArrowEngine, tmp_path: Path) -> None:
+    before = encoder.encode_with_lora(TEXTS, adapter="one")
+    namesake = card_for(encoder, tmp_path / "peer", "one", seed=9)
+    encoder.hold(namesake)
+    np.testing.assert_array_equal(encoder.encode_with_lora(TEXTS, adapter="one"), before)
+    assert not np.allclose(encoder.encode_with_lora(TEXTS, adapter=namesake.digest), before)
 
 
 def test_an_encoder_cannot_generate(encoder: ArrowEngine) -> None:
@@ -205,6 +226,19 @@ def test_an_encoder_cannot_generate(encoder: ArrowEngine) -> None:
 def test_a_model_that_is_not_there_is_an_error(model: str) -> None:
     with pytest.raises(ModelLoadError):
         ArrowEngine.from_pretrained(model)
+
+
+def test_a_file_that_is_no_gguf_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "junk.gguf"
+    path.write_bytes(b"junk")
+    with pytest.raises(ModelLoadError, match=r"junk\.gguf"):
+        ArrowEngine.from_pretrained(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_a_device_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no CUDA here"):
+        ArrowEngine.from_pretrained(tmp_path, device="cuda:0")
 
 
 def test_a_directory_is_loaded_with_its_pooling(tmp_path: Path, encoder: ArrowEngine) -> None:

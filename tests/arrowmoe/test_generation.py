@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from arrowmoe.base_model import BaseModel
-from arrowmoe.errors import PromptError
+from arrowmoe.errors import EngineError, PromptError
 from arrowmoe.generation import Sampling, decode
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.routing.gates import Gates
@@ -19,6 +30,15 @@ from tests.peft_models import VOCABULARY, load_peft, make_peft, tiny_gpt2, tiny_
 
 PROMPTS = ["w5 w9 w12 w7", "w30", "w8 w8 w40"]
 NEW = 12
+IMPOSSIBLE = [
+    {"max_new_tokens": 0},
+    {"temperature": -1.0},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"top_p": 0.0},
+    {"top_p": 1.1},
+    {"stop": ("a", "")},
+]
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 1}
 
 
@@ -96,6 +116,17 @@ def test_a_nucleus_of_one_token_is_greedy() -> None:
     assert tokens(tiny, temperature=1.0, top_p=1e-6, seed=1) == tokens(tiny)
 
 
+def test_a_temperature_near_zero_is_greedy() -> None:
+    tiny = base(tiny_llama())
+    assert tokens(tiny, temperature=1e-40) == tokens(tiny)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64 - 1, 2**70])
+def test_any_integer_is_a_seed(seed: int) -> None:
+    tiny = base(tiny_llama())
+    assert tokens(tiny, temperature=1.0, seed=seed) == tokens(tiny, temperature=1.0, seed=seed)
+
+
 def test_a_stop_string_ends_the_row_and_is_cut_off() -> None:
     tiny = base(tiny_llama())
     (whole,) = [c.generation for c in decode(tiny, ["w5 w9"], Sampling(max_new_tokens=NEW)) if c.generation]
@@ -119,6 +150,28 @@ def test_streamed_pieces_make_up_the_text_and_never_show_a_stop_string() -> None
         assert stop not in final[0].text
 
 
+def test_streamed_pieces_make_up_the_text_of_a_tokenizer_that_would_clean_up_spaces() -> None:
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, " ": 62, ".": 63}, unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    cleaning = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", clean_up_tokenization_spaces=True
+    )
+    tiny = replace(base(tiny_llama()), tokenizer=cleaning)
+    only = torch.full((VOCABULARY,), -1e4).index_fill(0, torch.tensor([62, 63]), 0.0)
+    tiny.model.lm_head.bias = torch.nn.Parameter(only)
+    chunks = list(decode(tiny, [" "], Sampling(max_new_tokens=NEW, temperature=1.0, seed=0)))
+    whole = chunks[-1].generation
+    assert whole is not None
+    assert " ." in whole.text
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+
+
+def test_a_model_without_a_key_value_cache_is_refused() -> None:
+    tiny = base(MambaForCausalLM(MambaConfig(**SIZES, state_size=4)).eval())
+    with pytest.raises(EngineError, match="key-value cache, got MambaForCausalLM"):
+        tokens(tiny)
+
+
 def test_messages_go_through_the_chat_template() -> None:
     tiny = base(tiny_llama())
     said = [{"role": "user", "content": "w5 w9"}, {"role": "user", "content": "w12"}]
@@ -137,7 +190,7 @@ def test_prompts_that_cannot_be_computed_are_refused(prompts: list[str], setting
         tokens(base(tiny_llama()), prompts, **settings)
 
 
-@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize("settings", IMPOSSIBLE)
 def test_impossible_sampling_is_refused(settings: dict) -> None:
     with pytest.raises(PromptError):
         Sampling(**settings)

@@ -79,6 +79,17 @@ def test_a_virtual_candidate_is_fetched_when_it_is_chosen(
         assert not again.gates.decisions[0].candidates[0].virtual
 
 
+def test_a_fetched_card_does_not_take_over_the_name_of_a_newer_one_here(
+    make_home: Callable[[str], Path], tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with two_nodes(make_home, tiny_models, dates_card(tmp_path)) as (_, asker):
+        newer = dates_card(tmp_path, version="2", description="w40 w41", examples=["w42"])
+        own = asker.registry.publish(newer)
+        eventually(lambda: len(asker.inference.offers) == 1)
+        assert asker.ask("w5 w6", max_new_tokens=1).fetched == ("dates",)
+        assert asker.ask("w5 w6", adapter="dates", max_new_tokens=1).gates.adapters == (own.digest,)
+
+
 def test_answers_equal_those_of_an_engine_by_itself(
     make_home: Callable[[str], Path], tiny_models: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -142,6 +153,18 @@ def test_only_the_newest_version_of_a_name_is_routed_to(
         assert [candidate.digest for candidate in node.route("w5 w6").decisions[0].candidates] == [new.digest]
         node.registry.remove("dates@2")
         assert node.route("w5 w6").adapters == (old.digest,)
+
+
+def test_offers_of_peers_can_be_left_alone(
+    make_home: Callable[[str], Path], tiny_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    causal, encoder = tiny_models
+    with Node(settings(make_home("giver"))) as giver:
+        giver.registry.publish(dates_card(tmp_path))
+        models = {"bases": (str(causal),), "embedder": str(encoder), "route_to_offers": False}
+        with Node(settings(make_home("asker"), peers=(giver.record.address,), **models)) as asker:
+            eventually(lambda: len(asker.swarm.offers) == 1)
+            assert asker.route("w5 w6").attribution(0) == {}
 
 
 def test_what_no_peer_offers_any_more_is_routed_to_no_more(

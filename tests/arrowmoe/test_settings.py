@@ -98,6 +98,18 @@ def test_a_yaml_file_that_is_no_mapping_is_refused(own_home: Path) -> None:
         load()
 
 
+def test_a_name_that_yaml_reads_as_no_text_is_refused(own_home: Path) -> None:
+    (own_home / "config.yaml").write_text("on: true")
+    with pytest.raises(ConfigurationError, match="got True for a name"):
+        load()
+
+
+def test_a_wrong_flag_is_spelled_as_it_is_typed() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load({"peers": ["one"]})
+    assert "  --peer: expected a peer as HOST:PORT, got 'one'" in str(caught.value).splitlines()
+
+
 def test_an_empty_yaml_file_changes_nothing(own_home: Path) -> None:
     (own_home / "config.yaml").write_text("# nothing yet\n")
     assert load().settings.name == Settings().name

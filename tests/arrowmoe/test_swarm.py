@@ -52,6 +52,9 @@ def test_a_virtual_candidate_is_fetched_whole(registries: tuple[Registry, Regist
         swarm.look()
         assert swarm.offers[entry.digest].source == other.address
         assert swarm.fetch(entry.digest).digest == entry.digest
+        swarm.look()
+        assert not swarm.offers
+        assert swarm.fetch(entry.digest).digest == entry.digest, "it came here meanwhile"
     assert here.entry("one").origin.peer_id == far.identity.id
     with pytest.raises(FederationError, match="no peer offers"):
         swarm.fetch("blake3:" + "0" * 64)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyarrow as pa
 from pyarrow import flight
 
 from federation import wire
 from registry.card import LoRACard
-from registry.format import card_schema
 
 NODE_ID = "0123456789abcdef" * 2
 
@@ -20,11 +18,12 @@ class Liar(flight.FlightServerBase):
 
     def __init__(self, card: LoRACard) -> None:
         self.card = card
-        self.info_schema: pa.Schema | None = None
+        self.header: Callable[[], Iterator[Any]] = lambda: header(self.card)
         self.tensor_bytes: Callable[[], Iterator[Any]] = lambda: tensor_bytes(self.card)
         self.results: dict[str, Callable[[], Iterator[bytes]]] = {
             wire.ACTION_HEALTH: lambda: iter([wire.encode_health(health())]),
             wire.ACTION_INVENTORY: lambda: wire.encode_inventory([entry_of(card)]),
+            wire.ACTION_MANIFEST: lambda: self.header(),
             wire.ACTION_TENSORS: lambda: self.tensor_bytes(),
         }
         super().__init__("grpc+tcp://127.0.0.1:0")
@@ -33,11 +32,15 @@ class Liar(flight.FlightServerBase):
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def get_flight_info(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.FlightInfo:
-        return flight.FlightInfo(self.info_schema or card_schema(self.card), descriptor, [], 0, 0)
-
     def do_action(self, context: Any, action: flight.Action) -> Iterator[bytes]:
         return self.results[action.type]()
+
+
+def header(card: LoRACard) -> Iterator[bytes]:
+    """A card's manifest, and its signature if it has one."""
+    yield card.manifest_bytes
+    if card.signature is not None:
+        yield str(card.signature).encode()
 
 
 def tensor_bytes(card: LoRACard) -> Iterator[bytes]:

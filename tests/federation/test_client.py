@@ -19,9 +19,9 @@ from federation import limits, wire
 from federation.client import LoRAFlightClient, probe
 from federation.errors import FederationError, PeerError, PeerUnreachableError, TransportError
 from registry.digest import digest_of
-from registry.format import SCHEMA, card_schema
 from registry.identity import Identity
-from tests.federation.liar import Liar, entry_of, health, tensor_bytes
+from registry.manifest import base_fingerprint
+from tests.federation.liar import Liar, entry_of, header, health, tensor_bytes
 from tests.registry.cards import module_shapes, small_card
 
 
@@ -43,7 +43,7 @@ def test_an_honest_exchange(liar: Liar) -> None:
 
 def test_another_card_than_asked(liar: Liar) -> None:
     other = small_card("other")
-    liar.info_schema = card_schema(other)
+    liar.header = lambda: header(other)
     with pytest.raises(PeerError, match="expected the manifest of card"):
         fetch(liar)
 
@@ -76,7 +76,7 @@ def test_nan_that_the_manifest_promises(liar: Liar) -> None:
     fields = json.loads(card.manifest_bytes)
     fields["tensors"][0]["digest"] = digest_of(data)
     manifest = json.dumps(fields).encode()
-    liar.info_schema = SCHEMA.with_metadata({b"arrowmoe.format": b"1", b"arrowmoe.manifest": manifest})
+    liar.header = lambda: iter([manifest])
     liar.tensor_bytes = lambda: iter([data, *list(tensor_bytes(card))[1:]])
     with LoRAFlightClient(liar.address) as client, pytest.raises(PeerError, match="NaN"):
         client.fetch_skill(digest_of(manifest))
@@ -85,8 +85,7 @@ def test_nan_that_the_manifest_promises(liar: Liar) -> None:
 def test_a_signature_of_somebody_else(liar: Liar) -> None:
     card = liar.card = small_card("signed").signed(Identity.generate())
     forged = Identity.generate().sign(card.manifest_bytes)
-    metadata = {**card_schema(card).metadata, b"arrowmoe.signature": str(forged).encode()}
-    liar.info_schema = SCHEMA.with_metadata(metadata)
+    liar.header = lambda: iter([card.manifest_bytes, str(forged).encode()])
     with pytest.raises(PeerError, match="publisher"):
         fetch(liar)
 
@@ -153,10 +152,17 @@ def test_empty_messages_without_end(liar: Liar) -> None:
         fetch(liar)
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {b"arrowmoe.manifest": b""}, {b"arrowmoe.manifest": b"\xff\x00"}])
-def test_no_manifest(liar: Liar, metadata: dict[bytes, bytes] | None) -> None:
-    liar.info_schema = SCHEMA.with_metadata(metadata)
+@pytest.mark.parametrize("parts", [[], [b""], [b"\xff\x00"], [b"{}"] * 3])
+def test_no_manifest(liar: Liar, parts: list[bytes]) -> None:
+    liar.header = lambda: iter(parts)
     with pytest.raises(PeerError, match="manifest"):
+        fetch(liar)
+
+
+@pytest.mark.parametrize("signature", [b"", b"\xff", b"ed25519:00:00", b"x" * 1000])
+def test_a_signature_that_is_none(liar: Liar, signature: bytes) -> None:
+    liar.header = lambda: iter([liar.card.manifest_bytes, signature])
+    with pytest.raises(PeerError, match="expected a signature"):
         fetch(liar)
 
 
@@ -232,9 +238,37 @@ def measured(address: str, what: str) -> dict[str, Any]:
     return answer
 
 
-def test_200_mib_of_metadata_take_no_memory(liar: Liar) -> None:
-    liar.info_schema = SCHEMA.with_metadata({b"arrowmoe.manifest": bytes(200 << 20)})
-    answer = measured(liar.address, liar.card.digest)
+@pytest.mark.parametrize("what", ["health", "inventory", "card"])
+def test_a_message_of_100_mib_is_refused_and_costs_no_more_than_it_is(liar: Liar, what: str) -> None:
+    liar.results |= dict.fromkeys(liar.results, lambda: iter([os.urandom(100 << 20)]))
+    answer = measured(liar.address, liar.card.digest if what == "card" else what)
+    assert answer["error"] == "PeerError", answer
+    assert answer["grown_mib"] < 100 + 64  # gRPC receives it whole before it looks at its own limit
+
+
+def test_a_promise_of_3_gib_takes_no_memory_until_it_is_kept(liar: Liar) -> None:
+    fields = json.loads(liar.card.manifest_bytes)
+    module = liar.card.manifest.adapter.target_modules[0]
+    for spec in fields["tensors"]:
+        if (spec["name"], spec["role"]) == (module, "A"):
+            d_in = (3 << 30) // 16
+            spec |= {"shape": [spec["shape"][0], d_in], "nbytes": spec["shape"][0] * d_in * 4}
+    shapes = {spec["name"]: (spec["shape"][1], 6) for spec in fields["tensors"] if spec["role"] == "A"}
+    fields["base"]["fingerprint"] = base_fingerprint(shapes)
+    manifest = json.dumps(fields).encode()
+    liar.header = lambda: iter([manifest])
+    liar.tensor_bytes = lambda: iter([bytes(1000)])
+    answer = measured(liar.address, digest_of(manifest))
+    assert (answer["error"], "not whole" in answer["message"]) == ("PeerError", True), answer
+    assert answer["grown_mib"] < 64
+
+
+def test_a_page_that_is_wrong_everywhere_takes_bounded_memory(liar: Liar) -> None:
+    (page,) = wire.encode_inventory([entry_of(liar.card)])
+    wrong = json.loads(page)
+    wrong["cards"][0]["domains"] = [1] * 500_000
+    liar.results[wire.ACTION_INVENTORY] = lambda: iter([json.dumps(wrong, separators=(",", ":")).encode()])
+    answer = measured(liar.address, "inventory")
     assert answer["error"] == "PeerError", answer
     assert answer["grown_mib"] < 64
 
@@ -262,13 +296,6 @@ def test_an_endless_inventory_takes_bounded_memory_and_time(liar: Liar) -> None:
     assert answer["error"] == "PeerError", answer
     assert answer["grown_mib"] < 64
     assert time.monotonic() - started < 20
-
-
-def test_a_health_answer_of_100_mib_takes_no_memory(liar: Liar) -> None:
-    liar.results[wire.ACTION_HEALTH] = lambda: iter([os.urandom(100 << 20)])
-    answer = measured(liar.address, "health")
-    assert answer["error"] == "PeerError", answer
-    assert answer["grown_mib"] < 64
 
 
 def test_nobody_listens() -> None:

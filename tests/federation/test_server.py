@@ -101,7 +101,7 @@ def test_uploads_are_refused(raw: flight.FlightClient) -> None:
 
 def test_the_actions_are_listed_and_speak_json(theirs: Registry, raw: flight.FlightClient) -> None:
     entry = theirs.publish(small_card("poet", examples=["a line"]))
-    assert [action.type for action in raw.list_actions()] == ["health", "inventory", "tensors"]
+    assert [action.type for action in raw.list_actions()] == ["health", "inventory", "manifest", "tensors"]
     (said,) = raw.do_action("health")
     fields = json.loads(said.body.to_pybytes())
     assert fields == {
@@ -140,13 +140,22 @@ def test_tensors_leave_as_one_run_of_bytes_from_any_offset(
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b'{"digest": "../../etc/passwd"}', b'{"digest": 5}', b"x" * 5000, b'{"offset": -1}']
 )
-def test_a_request_for_tensors_that_is_none(raw: flight.FlightClient, body: bytes) -> None:
-    assert "a request for tensors" in failure(lambda: list(raw.do_action(flight.Action("tensors", body))))
+@pytest.mark.parametrize("action", ["manifest", "tensors"])
+def test_a_request_for_a_card_that_is_none(raw: flight.FlightClient, action: str, body: bytes) -> None:
+    assert "a request for a card" in failure(lambda: list(raw.do_action(flight.Action(action, body))))
 
 
-def test_tensors_of_a_card_that_is_not_there(raw: flight.FlightClient) -> None:
+@pytest.mark.parametrize("action", ["manifest", "tensors"])
+def test_a_request_for_a_card_that_is_not_there(raw: flight.FlightClient, action: str) -> None:
     body = json.dumps({"digest": "blake3:" + "0" * 64}).encode()
-    assert "no card" in failure(lambda: list(raw.do_action(flight.Action("tensors", body))))
+    assert "no card" in failure(lambda: list(raw.do_action(flight.Action(action, body))))
+
+
+def test_a_manifest_comes_with_its_signature(theirs: Registry, raw: flight.FlightClient) -> None:
+    card = theirs.get(theirs.publish(small_card("poet")).digest)
+    body = json.dumps({"digest": card.digest}).encode()
+    parts = [result.body.to_pybytes() for result in raw.do_action(flight.Action("manifest", body))]
+    assert parts == [card.manifest_bytes, str(card.signature).encode()]
 
 
 def test_batches_leave_as_they_lie_in_the_file(theirs: Registry, raw: flight.FlightClient) -> None:

@@ -47,8 +47,9 @@ def test_names_that_are_taken(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-a", "a-", ".a", "a/b", "a\\b", "a b", "é", "a\n", "a\0", "x" * 97])
 def test_names_that_are_refused(name: str) -> None:
-    with pytest.raises(ManifestError, match="name"):
+    with pytest.raises(ManifestError, match="name") as caught:
         small_card(name)
+    assert "letters, digits" in (caught.value.hint or "")
 
 
 def test_a_manifest_over_the_limit_is_refused_unparsed() -> None:

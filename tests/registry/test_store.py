@@ -341,6 +341,17 @@ def test_a_home_that_cannot_be_is_an_error_with_a_hint(tmp_path: Path, monkeypat
         Registry.open(tmp_path / "read-only")
 
 
+def test_an_unchanged_adapter_published_again_is_the_same_card(home: Path) -> None:
+    with Registry.open(home) as registry:
+        first = registry.publish(small_card("poet", created="2026-01-01T00:00:00+00:00"))
+        again = registry.publish(small_card("poet", created="2026-02-02T00:00:00+00:00"), tags=["seen"])
+        assert (again.digest, again.tags) == (first.digest, ("seen",))
+        with pytest.raises(LabelTakenError):
+            registry.publish(small_card("poet", seed=1))
+        with pytest.raises(LabelTakenError):
+            registry.publish(small_card("poet", description="another"))
+
+
 def test_opening_an_existing_home_reads_no_card(home: Path) -> None:
     """Opening stays cheap however many cards there are: a damaged one is none of its business."""
     with Registry.open(home) as registry:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from arrowmoe.cli.answering import adapter_of
+from arrowmoe.home import NodeError
 from arrowmoe.node import Node
 from arrowmoe.settings import Settings
 from registry.store import Registry
@@ -97,3 +99,17 @@ def test_errors_come_through_the_node(cli: Cli, node: Node) -> None:
         assert (done.code, done.out) == (1, "")
         assert done.err.startswith("error: ")
     assert "nobody" in cli("ask", "w5", "--adapter", "nobody").err
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["auto", "dates"], "expected --adapter auto alone"),
+        (["dates", "none"], "expected --adapter none alone"),
+        (["dates=0.2", "dates=0.5"], "expected each card once"),
+        (["dates=much"], "with a number"),
+    ],
+)
+def test_a_mixture_that_says_two_things_is_refused(values: list[str], said: str) -> None:
+    with pytest.raises(NodeError, match=said):
+        adapter_of(values)

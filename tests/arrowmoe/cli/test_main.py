@@ -51,6 +51,12 @@ def test_a_bug_is_said_to_be_one_and_its_traceback_is_kept(cli: Cli, monkeypatch
     kept.unlink()
 
 
+def test_bytes_that_are_no_text_are_no_bug(cli: Cli) -> None:
+    done = cli("skills", "search", "\udcff")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "error: expected words in UTF-8 on the command line, got other bytes\n"
+
+
 def test_an_interrupt_is_130(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(context: object) -> None:
         raise KeyboardInterrupt

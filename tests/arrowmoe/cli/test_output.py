@@ -27,6 +27,16 @@ def test_what_strangers_write_steers_no_terminal(capsys: pytest.CaptureFixture[s
     assert "[bold]b[/bold]" in captured.out
 
 
+def test_what_turns_the_direction_of_writing_is_replaced() -> None:
+    assert clean("a\u202egnp.exe\u2066b\u200fc\u2028d") == "a�gnp.exe�b�c�d"
+    assert clean("größe 日本 👩‍💻") == "größe 日本 👩‍💻"
+
+
+def test_a_value_of_several_lines_forges_no_field(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().fields([("about", "one\npublisher  nobody"), ("publisher", "ada")])
+    assert capsys.readouterr().out.splitlines() == ["about      one", "           publisher  nobody", "publisher  ada"]
+
+
 def test_a_table_without_rows_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     Output().table(("name",), [], "no cards")
     assert capsys.readouterr().out == "no cards\n"

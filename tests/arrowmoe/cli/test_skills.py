@@ -92,6 +92,22 @@ def test_labels_tags_search_and_removal(cli: Cli, adapter: Path) -> None:
     assert cli("skills", "show", digest).code == 1
 
 
+def test_a_label_that_moves_is_said_and_a_list_shows_what_can_be_asked_for(cli: Cli, adapter: Path) -> None:
+    for name in ("old", "new"):
+        cli("skills", "import", adapter, "--name", name)
+    old = cli("skills", "show", "old", "--json").json["digest"].removeprefix("blake3:")[:12]
+    assert cli("skills", "label", "new", "new@1").err == ""
+    assert cli("skills", "label", "new", "old@1").err == f"old@1 no longer means {old}\n"
+    assert f"old@1 (no label)  {old}" in cli("skills", "ls").out
+    cli("skills", "label", old, "older@3")
+    assert f"older@3  {old}" in cli("skills", "ls").out
+
+
+def test_a_list_that_a_filter_emptied_does_not_ask_for_cards(cli: Cli, adapter: Path) -> None:
+    cli("skills", "import", adapter)
+    assert cli("skills", "ls", "--tag", "none").out == "no card is like that\n"
+
+
 def test_damage_is_found_and_is_an_exit_code(cli: Cli, adapter: Path) -> None:
     cli("skills", "import", adapter)
     assert [one["ok"] for one in cli("skills", "verify", "--json").json] == [True]

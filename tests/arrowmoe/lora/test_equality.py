@@ -14,13 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.lora.plan import Plan
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
-from tests.peft_models import load_peft, make_peft, outputs, sample_inputs, tiny_bert, tiny_gpt2, tiny_llama
+from tests.peft_models import (
+    HIDDEN,
+    VOCABULARY,
+    adapted_model,
+    load_peft,
+    make_peft,
+    outputs,
+    sample_inputs,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 RELATIVE = 1e-5
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": tiny_llama, "bert": tiny_bert, "gpt2": tiny_gpt2}
@@ -154,6 +165,18 @@ def test_an_embedding_adapter_equals_peft(tmp_path: Path) -> None:
     wrapped = copy.deepcopy(model)
     with loaded(wrapped, [card]).gated(Gates.of([{card.digest: 1.0}] * 3, {card.digest: "a"})):
         assert_close(outputs(wrapped), outputs(load_peft(model, path)))
+
+
+def test_an_adapter_of_an_embedding_that_scales_what_it_gives_equals_peft(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 32, "head_dim": 4}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **heads)).eval().requires_grad_(False)
+    peft_model = adapted_model(model, seed=1, target_modules=["embed_tokens", "q_proj"])
+    peft_model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    card = LoRACard.from_peft(tmp_path / "a")
+    wrapped = copy.deepcopy(model)
+    with loaded(wrapped, [card]).gated(Gates.of([{card.digest: 1.0}] * 3, {card.digest: "a"})):
+        assert_close(outputs(wrapped), outputs(load_peft(model, tmp_path / "a")))
 
 
 def loaded(model: PreTrainedModel, cards: Sequence[LoRACard]) -> LoRAManager:
