@@ -201,7 +201,7 @@ def _read_answer(lines: IO[bytes], on_progress: Progress | None) -> Any:
 
 
 def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    connection.sendall(json.dumps(message, ensure_ascii=False).encode() + b"\n")
+    connection.sendall(json.dumps(message, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def _progress_to(connection: socket.socket) -> Progress:

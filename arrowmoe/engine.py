@@ -247,7 +247,7 @@ class ArrowEngine:
         else:
             rows = _per_row(adapter, len(texts))
             digests = {name: self._digest(name) for name in dict.fromkeys(name for row in rows for name in row)}
-            names = {digest: name for name, digest in digests.items()}
+            names = {loaded.digest: loaded.name for loaded in self._manager.loaded()}
             gates = Gates.of([_by_digest(row, digests) for row in rows], names)
         if len(gates) != len(texts):
             raise GateError(f"expected gates for {len(texts)} rows, got {len(gates)}")

@@ -107,12 +107,22 @@ def decode(
         row.prompt_tokens = int(mask.sum())
     for logits in _steps(base, batch, rows, sampling.max_new_tokens, computing):
         log_probs = torch.log_softmax(logits.float(), dim=-1)
+        _check_finite(log_probs)
         tokens = [row.choose(log_probs[row.index]) for row in rows]
         for row, token in zip(rows, tokens, strict=True):
             if row.finish_reason is None:
                 yield from row.take(token, float(log_probs[row.index, token]))
         if all(row.finish_reason for row in rows):
             return
+
+
+def _check_finite(log_probs: Tensor) -> None:
+    """Raise `EngineError` for NaN, which the model's own numbers overflowed into."""
+    if bool(log_probs.amax(dim=-1).isnan().any()):
+        raise EngineError(
+            "expected finite logits, got NaN, so there is no answer",
+            hint="an adapter's weight is too large, or the dtype too narrow for this model",
+        )
 
 
 def _steps(

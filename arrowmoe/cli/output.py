@@ -41,7 +41,7 @@ class Output:
     def result(self, data: Any, human: Callable[[], None], quiet: Iterable[object] = ()) -> None:
         """The command's result: `data` as JSON, what `human` prints, or the lines of `quiet`."""
         if self.mode == "json":
-            json.dump(data, sys.stdout, ensure_ascii=False, indent=2)
+            json.dump(data, sys.stdout, ensure_ascii=False, indent=2, allow_nan=False)
             sys.stdout.write("\n")
         elif self.mode == "human":
             human()

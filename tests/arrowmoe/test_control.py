@@ -15,7 +15,7 @@ import pytest
 
 from arrowmoe import control
 from arrowmoe.control import ControlServer, NodeNotRunningError, Progress, RemoteError, call
-from arrowmoe.home import HomeHeldError, NodeError, NodeRecord, home_lock, is_held, read_record, running_node
+from arrowmoe.home import HomeHeldError, NodeError, NodeRecord, home_lock, is_held, now, read_record, running_node
 from registry.errors import UnknownCardError
 
 pytestmark = pytest.mark.usefixtures("no_leaked_threads")
@@ -49,7 +49,7 @@ def record_of(server: ControlServer, **changes: Any) -> NodeRecord:
         "address": "127.0.0.1:1",
         "node_id": "0" * 32,
         "name": "test",
-        "started": control.now(),
+        "started": now(),
     }
     return NodeRecord(**fields | changes)
 
@@ -213,7 +213,7 @@ def test_a_home_is_held_once_and_says_by_whom(server: ControlServer, tmp_path: P
 
 
 def test_what_a_killed_holder_left_is_known_to_be_stale(server: ControlServer, tmp_path: Path) -> None:
-    holder = "import sys, time\nfrom pathlib import Path\nfrom arrowmoe.control import home_lock\n"
+    holder = "import sys, time\nfrom pathlib import Path\nfrom arrowmoe.home import home_lock\n"
     holder += "with home_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

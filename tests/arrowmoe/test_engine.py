@@ -131,6 +131,21 @@ def test_a_new_version_in_the_registry_is_used_at_once(tmp_path: Path) -> None:
         assert engine.list_loras() == []
 
 
+def test_an_answer_names_the_card_however_it_was_asked_for(tmp_path: Path) -> None:
+    engine = llama_engine()
+    card = card_for(engine, tmp_path, "one", 0)
+    engine.load_lora(card)
+    (generation,) = engine.generate(["w5"], adapter=card.digest, max_new_tokens=2)
+    assert dict(generation.adapters) == {"one": 1.0}
+
+
+def test_a_weight_that_overflows_is_an_error(tmp_path: Path) -> None:
+    engine = llama_engine()
+    engine.load_lora(card_for(engine, tmp_path, "one", 0))
+    with pytest.raises(EngineError, match="NaN"):
+        engine.generate(["w5"], adapter={"one": 1e30}, max_new_tokens=2)
+
+
 def test_unknown_names_are_errors(encoder: ArrowEngine, tmp_path: Path) -> None:
     with pytest.raises(UnknownAdapterError, match=r"'three'.*one, two"):
         encoder.encode_with_lora(TEXTS, adapter="three")
