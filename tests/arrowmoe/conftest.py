@@ -1,28 +1,15 @@
-"""A clean environment, homes that need no migration, and a check that no test leaves a thread behind."""
+"""A clean environment, homes by name, and tiny models in directories."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from registry.store import Registry
 from tests.arrowmoe.nodes import save_tiny_models
-
-
-@pytest.fixture
-def no_leaked_threads() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    deadline = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not left
 
 
 @pytest.fixture
@@ -32,15 +19,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         if name.startswith("ARROWMOE_"):
             monkeypatch.delenv(name)
     return monkeypatch
-
-
-@pytest.fixture(scope="session")
-def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with its catalog migrated and no identity, to be copied: migrating one for each test takes longer."""
-    home = tmp_path_factory.mktemp("empty") / "home"
-    Registry.open(home).close()
-    (home / "identity.key").unlink()
-    return home
 
 
 @pytest.fixture

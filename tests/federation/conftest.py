@@ -6,8 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,27 +20,8 @@ from tests.registry.cards import small_card
 
 
 @pytest.fixture(autouse=True)
-def no_leaked_threads() -> Iterator[None]:
-    before = _threads()
-    yield
-    deadline = time.monotonic() + 5
-    while (left := _threads() - before) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not left
-
-
-def _threads() -> set[threading.Thread]:
-    """Python's own threads; a thread of gRPC's that once logged stays listed as a dummy."""
-    return {thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
-
-
-@pytest.fixture(scope="session")
-def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with its catalog migrated and no identity, to be copied: migrating one for each test takes longer."""
-    home = tmp_path_factory.mktemp("empty") / "home"
-    Registry.open(home).close()
-    (home / "identity.key").unlink()
-    return home
+def _no_leaked_threads(no_leaked_threads: None) -> None:
+    """Every test here starts servers or clients."""
 
 
 @pytest.fixture

@@ -7,21 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from federation.client import LoRAFlightClient
 from federation.errors import FederationError
 from registry.digest import Digest
-
-
-def peak_mib() -> int:
-    """Of this program alone: `ru_maxrss` begins at the parent's size, and so would hide as much."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) // 1024
+from tests.memory import peak_bytes
 
 
 def main(address: str, what: str) -> None:
-    before, error = peak_mib(), None
+    before, error = peak_bytes(), None
     with LoRAFlightClient(address, timeout_s=30) as client:
         try:
             if what == "health":
@@ -32,7 +26,9 @@ def main(address: str, what: str) -> None:
                 client.fetch_skill(Digest(what))
         except FederationError as raised:
             error = raised
-    print(json.dumps({"error": type(error).__name__, "message": str(error), "grown_mib": peak_mib() - before}))
+    print(
+        json.dumps({"error": type(error).__name__, "message": str(error), "grown_mib": (peak_bytes() - before) >> 20})
+    )
 
 
 if __name__ == "__main__":

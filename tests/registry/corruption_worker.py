@@ -16,6 +16,7 @@ from pathlib import Path
 
 from registry.errors import CardError
 from registry.format import LoRAFormat
+from tests.memory import forget_peak, peak_bytes, resident_bytes
 
 SEED = 20_261_121
 ADDRESS_SPACE_BYTES = 256 << 20
@@ -105,16 +106,6 @@ def cut_out(data: bytearray, generator: random.Random) -> bytearray:
     return data
 
 
-def memory_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (the peak since `forget_peak`) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def address_space_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
@@ -139,11 +130,11 @@ def main(original: Path, mode: str, count: int) -> None:
     limit = address_space_bytes() + ADDRESS_SPACE_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     forget_peak()
-    before, outcomes = memory_bytes("VmRSS"), Counter[str]()
+    before, outcomes = resident_bytes(), Counter[str]()
     for index, content in enumerate(truncations(data) if mode == "truncations" else corruptions(data, count)):
         damaged.write_bytes(content)
         outcomes[outcome(damaged, original, memory_map=index % 2 == 0)] += 1
-    print(json.dumps({"outcomes": outcomes, "growth_bytes": memory_bytes("VmHWM") - before}))
+    print(json.dumps({"outcomes": outcomes, "growth_bytes": peak_bytes() - before}))
 
 
 if __name__ == "__main__":
