@@ -255,6 +255,12 @@ class ArrowEngine:
             self._digest(digest)
         return gates
 
+    @contextmanager
+    def computing(self, gates: Gates) -> Iterator[None]:
+        """Be the only caller that runs forward passes, with `gates`: a row of them per row of the batch."""
+        with self._lock, self._manager.gated(gates):
+            yield
+
     def _called(self, name: str) -> set[str]:
         """Digests of the loaded adapters of that name, or with that digest."""
         return {loaded.digest for loaded in self._manager.loaded() if name in (loaded.name, loaded.digest)}

@@ -91,6 +91,22 @@ class LoRAManager:
         log.info("lora_removed", name=entry.name, digest=digest)
         return True
 
+    def paths(self, card: LoRACard) -> dict[str, str]:
+        """Module path in the card → path in the model. Raises `AdapterMismatchError`."""
+        return match_modules(card, self._modules())
+
+    def slots(self, digest: str) -> dict[str, Slot]:
+        """What an adapter holds, by module path. Raises `UnknownAdapterError`."""
+        self._check_loaded((digest,))
+        return {path: self._wrappers[path].slots[digest] for path in self._loaded[digest].modules}
+
+    def replace_slots(self, digest: str, slots: Mapping[str, Slot]) -> None:
+        """Compute an adapter with other `slots` from now on, at the modules it has; for training."""
+        if slots.keys() != self.slots(digest).keys():
+            raise AdapterMismatchError(f"expected slots for the modules of {self._loaded[digest].name!r}")
+        for path, slot in slots.items():
+            self._wrappers[path].slots[digest] = slot
+
     def plan(self, gates: Gates) -> Plan | None:
         """Lay `gates` out, for as many forward passes as the caller likes; None for the bare base model."""
         if not gates.adapters:

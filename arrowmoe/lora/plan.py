@@ -29,9 +29,10 @@ class Plan:
 
     What it lays out is kept, so the steps of one generation share it. `gates` may require a gradient, which the
     concatenated layout passes on; the by-row layout, which multiplies gates in beforehand, is then not used.
+    `layers` gives modules under a path prefix gates of their own (MoLE, arXiv:2404.13628); the longest prefix wins.
     """
 
-    def __init__(self, adapters: tuple[str, ...], gates: Tensor) -> None:
+    def __init__(self, adapters: tuple[str, ...], gates: Tensor, *, layers: Mapping[str, Tensor] | None = None) -> None:
         if gates.dim() != 2 or gates.shape[1] != len(adapters):
             raise GateError(f"expected gates (rows, {len(adapters)}), got {tuple(gates.shape)}")
         self.adapters = adapters
@@ -42,10 +43,14 @@ class Plan:
         self._uniform = bool((values == values[:1]).all()) and not gates.requires_grad
         self._shares: dict[str, Share | None] = {}
         self._coefficients: dict[_Form, Tensor | float] = {}
+        self._layers = {layer: Plan(adapters, own) for layer, own in (layers or {}).items()}
+        for layer, plan in self._layers.items():
+            if plan.rows != self.rows:
+                raise GateError(f"layer {layer!r}: expected gates for {self.rows} rows, got {plan.rows}")
 
     def at(self, path: str, slots: Mapping[str, Slot]) -> Share | None:
         """What the batch's adapters add at the module `path`, which has `slots`; None if none of them has one there."""
-        return _kept(self._shares, path, lambda: self._share(path, slots))
+        return _kept(self._shares, path, lambda: self._plan_of(path)._share(path, slots))
 
     def coefficients(self, form: _Form) -> Tensor | float:
         """G · s with each adapter's column repeated rank times: (rows, Σr), or one number if that is all there is."""
@@ -62,6 +67,10 @@ class Plan:
         """For each row, (place in `present`, weight) of the adapters it uses."""
         place = {index: at for at, index in enumerate(present)}
         return [[(place[index], weight) for index, weight in row if index in place] for row in self._chosen]
+
+    def _plan_of(self, path: str) -> Plan:
+        over = [layer for layer in self._layers if f"{path}.".startswith(f"{layer}.")]
+        return self._layers[max(over, key=len)] if over else self
 
     def _share(self, path: str, slots: Mapping[str, Slot]) -> Share | None:
         present = [(index, slots[key]) for index, key in enumerate(self.adapters) if key in slots]

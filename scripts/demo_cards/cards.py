@@ -38,9 +38,9 @@ def entry(
         "examples": random.Random(EXAMPLE_SEED).sample(list(prompts), EXAMPLE_COUNT),
         "licence": LICENCE,
         "training": {
-            "steps": recipe.schedule.steps,
-            "examples": min(len(prompts), recipe.schedule.steps * recipe.schedule.batch_size),
-            "lr": recipe.schedule.learning_rate,
+            "steps": recipe.tuning.steps,
+            "examples": min(len(prompts), recipe.tuning.steps * recipe.tuning.batch_size),
+            "lr": recipe.tuning.learning_rate,
             "seconds": round(seconds, 1),
             "command": f"{COMMAND} --only {recipe.name}",
         },

@@ -1,39 +1,24 @@
-"""Trains and scores one LoRA on a causal language model: loss and `lm_head` on the answer only."""
+"""Trains and scores one LoRA on a causal language model, which is asked as a user would."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 
-from registry.logs import get_logger
-from scripts.demo_cards.optim import Optimiser
-from scripts.demo_cards.recipes import Schedule
+from evolution import fine_tuning
+from evolution.fine_tuning import FineTuning
 from scripts.demo_cards.splits import Pair
 
-IGNORED: Final = -100
 MAX_NEW_TOKENS: Final = 24
 SCORING_BATCH: Final = 30
-LOG_EVERY: Final = 10
-
-log = get_logger(__name__)
 
 
-def train(model: Any, tokenizer: Any, examples: Sequence[Pair], schedule: Schedule) -> None:
+def train(model: Any, tokenizer: Any, examples: Sequence[Pair], tuning: FineTuning) -> None:
     """Moves the adapter's weights in place."""
-    encoded = [_encode(tokenizer, example) for example in examples]
-    batches = _batches(len(encoded), schedule)
-    optimiser = Optimiser(model, schedule)
-    model.train()
-    for step, rows in enumerate(batches):
-        ids, labels = _pad([encoded[row] for row in rows], tokenizer.pad_token_id)
-        loss_nats = _loss(model.base_model.model, ids, labels)
-        optimiser.step(loss_nats)
-        if step % LOG_EVERY == 0:
-            log.info("step", step=step, loss_nats=round(loss_nats.item(), 4))
-    model.eval()
+    pairs = [fine_tuning.Pair(prompt=_messages(example.prompt), answer=example.answer) for example in examples]
+    fine_tuning.train(model, tokenizer, pairs, tuning)
 
 
 def exact_match(model: Any, tokenizer: Any, examples: Sequence[Pair]) -> float:
@@ -62,43 +47,9 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
 
 
 def _chat(tokenizer: Any, prompt: str) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(_messages(prompt), tokenize=False, add_generation_prompt=True)
     return text
 
 
-def _encode(tokenizer: Any, example: Pair) -> tuple[list[int], list[int]]:
-    prompt = tokenizer(_chat(tokenizer, example.prompt), add_special_tokens=False).input_ids
-    answer = tokenizer(example.answer, add_special_tokens=False).input_ids
-    answer = [*answer, tokenizer.eos_token_id]
-    return prompt, answer
-
-
-def _batches(count: int, schedule: Schedule) -> list[list[int]]:
-    rng = random.Random(schedule.seed)
-    order: list[int] = []
-    while len(order) < schedule.steps * schedule.batch_size:
-        order += rng.sample(range(count), count)
-    size = schedule.batch_size
-    return [order[step * size : (step + 1) * size] for step in range(schedule.steps)]
-
-
-def _pad(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both (batch, seq), padded on the right."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORED)
-    for row, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return ids, labels
-
-
-def _loss(causal: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    # Padding is on the right and attention is causal, so no answer position ever sees it.
-    hidden = causal.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    targets = labels[:, 1:]
-    wanted = targets != IGNORED
-    logits = causal.lm_head(hidden[wanted]).float()
-    return torch.nn.functional.cross_entropy(logits, targets[wanted])
+def _messages(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]

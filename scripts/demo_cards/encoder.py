@@ -12,9 +12,8 @@ from typing import Any, Final
 
 import torch
 
+from evolution.fine_tuning import FineTuning, Optimiser
 from registry.logs import get_logger
-from scripts.demo_cards.optim import Optimiser
-from scripts.demo_cards.recipes import Schedule
 from scripts.demo_cards.splits import Labelled
 
 TEMPERATURE: Final = 0.1
@@ -23,14 +22,14 @@ LOG_EVERY: Final = 10
 log = get_logger(__name__)
 
 
-def train(model: Any, tokenizer: Any, examples: Sequence[Labelled], schedule: Schedule) -> None:
+def train(model: Any, tokenizer: Any, examples: Sequence[Labelled], tuning: FineTuning) -> None:
     """Moves the adapter's weights in place; every batch holds each label equally often."""
-    rng = random.Random(schedule.seed)
+    rng = random.Random(tuning.seed)
     by_label = _by_label(examples)
-    share = schedule.batch_size // len(by_label)
-    optimiser = Optimiser(model, schedule)
+    share = tuning.batch_size // len(by_label)
+    optimiser = Optimiser(model, tuning)
     model.train()
-    for step in range(schedule.steps):
+    for step in range(tuning.steps):
         rows = [row for group in by_label.values() for row in rng.sample(group, share)]
         labels = torch.tensor([list(by_label).index(row.label) for row in rows])
         vectors = embed(model, tokenizer, [row.text for row in rows])

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 
+from evolution.fine_tuning import save_bf16
 from registry.logs import get_logger
 from scripts.demo_cards import adapters, bases, cards, causal, encoder
 from scripts.demo_cards.recipes import RECIPES, CausalRecipe, EncoderRecipe
@@ -55,7 +56,7 @@ def _make_causal(recipe: CausalRecipe, split: Split[Pair], *, out: Path, data: P
         split,
         base=base,
         trainee=trainee,
-        train=lambda model: causal.train(model, tokenizer, split.train, recipe.schedule),
+        train=lambda model: causal.train(model, tokenizer, split.train, recipe.tuning),
         score=lambda model: causal.exact_match(model, tokenizer, split.heldout),
         out=out,
         data=data,
@@ -70,7 +71,7 @@ def _make_encoder(recipe: EncoderRecipe, split: Split[Labelled], *, out: Path, d
         split,
         base=base,
         trainee=trainee,
-        train=lambda model: encoder.train(model, tokenizer, split.train, recipe.schedule),
+        train=lambda model: encoder.train(model, tokenizer, split.train, recipe.tuning),
         score=lambda model: encoder.nearest_neighbour_accuracy(model, tokenizer, split.heldout, split.reference),
         out=out,
         data=data,
@@ -90,12 +91,11 @@ def _finish(
 ) -> None:
     _write_data(recipe.name, split, data)
     base_score = score(base)
-    torch.manual_seed(recipe.schedule.seed)
     adapted = adapters.attach(trainee, recipe)
     start = time.perf_counter()
     train(adapted)
     seconds = time.perf_counter() - start
-    adapters.save_bf16(adapted, out / recipe.name)
+    save_bf16(adapted, out / recipe.name)
     card_score = score(adapters.load(base, out / recipe.name))
     log.info("card", name=recipe.name, seconds=round(seconds), base=base_score, card=card_score)
     entry = cards.entry(

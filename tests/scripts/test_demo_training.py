@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
+from evolution.fine_tuning import FineTuning, save_bf16
 from scripts.demo_cards import adapters, encoder
-from scripts.demo_cards.recipes import RECIPES, LoraShape
+from scripts.demo_cards.recipes import RECIPES
 
 TINY = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
@@ -32,7 +33,7 @@ def test_contrastive_loss_is_the_formula() -> None:
 
 def test_a_saved_adapter_is_bf16_names_its_logical_base_and_loads_again(tmp_path: Path) -> None:
     recipe = next(recipe for recipe in RECIPES if recipe.kind == "encoder")
-    recipe = replace(recipe, shape=LoraShape(rank=2, alpha=4, target_modules=("query", "dense"), layers=(1, 2)))
+    recipe = replace(recipe, tuning=FineTuning(rank=2, alpha=4, targets=("query", "dense"), layers=(1, 2)))
     torch.manual_seed(0)
     base = BertModel(TINY)
     state = {name: weight.clone() for name, weight in base.state_dict().items()}
@@ -41,7 +42,7 @@ def test_a_saved_adapter_is_bf16_names_its_logical_base_and_loads_again(tmp_path
         for weight in adapted.parameters():
             if weight.requires_grad:
                 weight.normal_()
-    adapters.save_bf16(adapted, tmp_path)
+    save_bf16(adapted, tmp_path)
 
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
