@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from arrowmoe import inference as inference
     from arrowmoe import operations as operations
+    from arrowmoe import router_commands as router_commands
+    from arrowmoe import router_training as router_training
+    from arrowmoe import router_trials as router_trials
     from arrowmoe import views as views
     from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
     from arrowmoe.engine import ArrowEngine
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
     from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
     from arrowmoe.node import Node, serve
     from arrowmoe.request import Answer, ask
-    from arrowmoe.routing import Candidate, Decision, Gates, LoRARouter
+    from arrowmoe.routing import Candidate, Decision, Gates, LoRARouter, Opinion, Policy
+    from arrowmoe.routing.acceptance import Prompts, describe
+    from arrowmoe.routing.heads import MultiExpertRouter
+    from arrowmoe.routing.mixed import MultiLoRAWithRouter
+    from arrowmoe.routing.statistics import CardStatistics
     from arrowmoe.settings import Settings
     from arrowmoe.swarm import Offer, Swarm
     from federation.client import LoRAFlightClient
@@ -48,6 +55,7 @@ __all__ = [
     "Candidate",
     "CardEntry",
     "CardError",
+    "CardStatistics",
     "Chunk",
     "Decision",
     "Discovery",
@@ -65,11 +73,16 @@ __all__ = [
     "LoRAManager",
     "LoRARouter",
     "LoadedLoRA",
+    "MultiExpertRouter",
+    "MultiLoRAWithRouter",
     "Node",
     "Offer",
+    "Opinion",
     "Origin",
     "Peer",
     "PeerError",
+    "Policy",
+    "Prompts",
     "Registry",
     "RegistryError",
     "Settings",
@@ -80,6 +93,7 @@ __all__ = [
     "__version__",
     "ask",
     "browse",
+    "describe",
     "load_base_model",
     "parse_address",
     "serve",
@@ -96,7 +110,11 @@ _NAMES_OF_MODULE = {
     "arrowmoe.lora.layer": ("LoRALinear",),
     "arrowmoe.lora.manager": ("LoRAManager", "LoadedLoRA"),
     "arrowmoe.node": ("Node", "serve"),
-    "arrowmoe.routing": ("Candidate", "Decision", "Gates", "LoRARouter"),
+    "arrowmoe.routing": ("Candidate", "Decision", "Gates", "LoRARouter", "Opinion", "Policy"),
+    "arrowmoe.routing.acceptance": ("Prompts", "describe"),
+    "arrowmoe.routing.heads": ("MultiExpertRouter",),
+    "arrowmoe.routing.mixed": ("MultiLoRAWithRouter",),
+    "arrowmoe.routing.statistics": ("CardStatistics",),
     "arrowmoe.settings": ("Settings",),
     "arrowmoe.swarm": ("Offer", "Swarm"),
     "federation.client": ("LoRAFlightClient",),
@@ -112,7 +130,7 @@ _NAMES_OF_MODULE = {
     "registry.identity": ("Identity",),
     "registry.store": ("Registry",),
 }
-_LAZY_MODULES = frozenset({"inference", "operations", "views"})
+_LAZY_MODULES = frozenset({"inference", "operations", "router_commands", "router_training", "router_trials", "views"})
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 
 

@@ -27,6 +27,7 @@ from arrowmoe.generation import Chunk, Generation, Prompt, Sampling, decode
 from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
 from arrowmoe.lora.plan import Plan
 from arrowmoe.routing.gates import Gates
+from arrowmoe.routing.statistics import CardStatistics
 from arrowmoe.swarm import Swarm
 from federation.errors import FederationError
 from federation.sync import SyncProgress, SyncReport
@@ -47,7 +48,7 @@ class TextRouter(Protocol):
     def route_texts(self, texts: Sequence[str], *, base: str) -> Gates:
         """Gates with one row per text, over the cards made for base model `base`."""
 
-    def register_card(self, card: CardEntry) -> None:
+    def register_card(self, card: CardEntry, statistics: CardStatistics | None = None) -> None:
         """A card arrived that may be chosen from now on."""
 
 
@@ -233,9 +234,9 @@ class ArrowEngine:
         if self._swarm is None:
             raise FederationError("the federation is not started", hint="call start_federation() first")
         report = self._swarm.sync(peers, on_progress=on_progress)
-        if self.router is not None:
+        if self.router is not None and self.registry is not None:
             for entry in report.fetched:
-                self.router.register_card(entry)
+                self.router.register_card(entry, CardStatistics.of_card(self.registry.get(entry.digest)))
         return report
 
     def resolve(self, adapter: Adapter, texts: Sequence[str]) -> Gates:

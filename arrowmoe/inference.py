@@ -6,6 +6,7 @@ a model is loaded: torch is reached through the lazy names of `arrowmoe`.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,9 @@ from registry.digest import Digest
 from registry.entries import CardEntry
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
+from registry.manifest import RoutingSpec
 from registry.store import Registry
+from registry.tensor import Tensor
 
 if TYPE_CHECKING:
     from arrowmoe.base_model import Kind
@@ -29,13 +32,17 @@ if TYPE_CHECKING:
     from arrowmoe.features import Vectors
     from arrowmoe.generation import Generation
     from arrowmoe.request import Answer
-    from arrowmoe.routing import Gates, LoRARouter
+    from arrowmoe.routing import Gates, LoRARouter, Opinion, Policy
+    from arrowmoe.routing.statistics import CardStatistics
 
 log = get_logger(__name__)
+OPINIONS = "opinions.jsonl"
+"""What agents said of prompts, in a home: a routing dataset that grows."""
 
 
 Offers = Mapping[Digest, Offer]
 Fetch = Callable[[str], LoRACard]
+OfferedStatistics = Callable[[Digest], "tuple[RoutingSpec, Sequence[Tensor]] | None"]
 
 
 class Inference:
@@ -49,8 +56,10 @@ class Inference:
         bases: Sequence[str],
         route: bool = True,
         fetch: Fetch | None = None,
+        offered_statistics: OfferedStatistics | None = None,
     ) -> None:
         self._registry, self._settings, self._fetch = registry, settings, fetch
+        self._offered_statistics = offered_statistics
         self.bases = tuple(dict.fromkeys(bases))
         models = [*self.bases, settings.embedder] if route else self.bases
         self._engines: dict[str, Future[ArrowEngine]] = {model: Future() for model in dict.fromkeys(models)}
@@ -99,12 +108,32 @@ class Inference:
             hint="load one with --base MODEL, for example --base builtin:smollm2",
         )
 
-    def ask(self, prompt: str, *, base: str | None = None, adapter: Adapter = "auto", **sampling: Any) -> Answer:
-        """Answer `prompt`; see `arrowmoe.ask`."""
+    def ask(
+        self,
+        prompt: str,
+        *,
+        base: str | None = None,
+        adapter: Adapter = "auto",
+        opinion: Opinion | None = None,
+        policy: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Answer `prompt`; see `arrowmoe.ask`. `policy` changes settings of the router for this prompt."""
         engine = self.engine(base)
         router = self._current_router() if adapter == "auto" else None
         self._forget_removed(engine)
-        return arrowmoe.ask(prompt, engine=engine, router=router, adapter=adapter, fetch=self._fetch, **sampling)
+        answer = arrowmoe.ask(
+            prompt,
+            engine=engine,
+            router=router,
+            adapter=adapter,
+            fetch=self._fetch,
+            policy=self._policy(policy),
+            opinion=opinion,
+            **sampling,
+        )
+        self._keep(prompt, opinion)
+        return answer
 
     def generate(
         self, prompts: Sequence[str], *, base: str | None = None, adapter: Adapter = None, **sampling: Any
@@ -117,10 +146,24 @@ class Inference:
         made: list[Generation] = engine.generate(messages, adapter=adapter, **sampling)
         return made
 
-    def route(self, text: str, *, base: str | None = None) -> Gates:
+    def route(
+        self,
+        text: str,
+        *,
+        base: str | None = None,
+        opinion: Opinion | None = None,
+        policy: Mapping[str, Any] | None = None,
+    ) -> Gates:
         """Gates for `text`, over the cards made for base model `base` (None: any)."""
         router = self._current_router()
-        return router.route_texts([text], base=None if base is None else logical_name(base))
+        gates = router.route(
+            router.features([text]),
+            mask=None if base is None else router.for_base(logical_name(base)),
+            policy=self._policy(policy),
+            opinions=() if opinion is None else (opinion,),
+        )
+        self._keep(text, opinion)
+        return gates
 
     def encode(self, texts: Sequence[str], *, base: str | None = None, adapter: Adapter = None) -> Vectors:
         """Texts → (n, d) float32. A routed `adapter` chooses among the cards made for this encoder."""
@@ -138,6 +181,17 @@ class Inference:
     def models(self) -> list[dict[str, Any]]:
         """Each model, its state (waiting, loading, ready, error), and the adapters it holds."""
         return [self._model_state(model, future) for model, future in self._engines.items()]
+
+    def _policy(self, changes: Mapping[str, Any] | None) -> Policy | None:
+        """The settings' policy with `changes`; None for the router's own."""
+        return arrowmoe.Policy(**self._settings.router.model_dump() | dict(changes)) if changes else None
+
+    def _keep(self, text: str, opinion: Opinion | None) -> None:
+        """Keep what an agent said as a row of a routing dataset, in this home."""
+        if opinion is not None:
+            row = {"text": text, "card": opinion.card, "confidence": opinion.confidence, "use": opinion.use}
+            with self._lock, (self._registry.home / OPINIONS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _routed(self, engine: ArrowEngine, texts: Sequence[str]) -> Gates:
         """Gates for `texts` on `engine`, with every card that they name at hand."""
@@ -176,9 +230,8 @@ class Inference:
             return
         try:
             featurizer = arrowmoe.TextFeaturizer(embedder.result())
-            router = arrowmoe.LoRARouter(
-                featurizer, threshold=chosen.threshold, top_k=chosen.top_k, temperature=chosen.temperature
-            )
+            policy = arrowmoe.Policy(**chosen.model_dump())
+            router = arrowmoe.LoRARouter(featurizer, policy=policy, cache=self._settings.cache_dir)
         except Exception as error:  # else whoever asks would wait for ever
             log.exception("router_failed")
             self._router.set_exception(error)
@@ -205,11 +258,30 @@ class Inference:
             router.unregister(digest)
         for digest, entry in wanted.items():
             if digest not in router or router.is_virtual(digest):
-                router.register_card(entry)
+                router.register_card(entry, self._statistics(digest))
         for digest, offer in offers.items():
-            if digest not in here:
-                router.register_virtual_candidate(offer.entry, offer.source)
+            if digest not in here and digest not in router:
+                router.register_virtual_candidate(offer.entry, offer.source, self._statistics_of_offer(offer))
         log.info("router_indexed", cards=len(here), virtual=len(offers.keys() - here))
+
+    def _statistics(self, digest: Digest) -> CardStatistics | None:
+        """The statistics inside a card of the registry; None if it has none, or is damaged, which is logged."""
+        try:
+            return arrowmoe.CardStatistics.of_card(self._registry.get(digest))
+        except ArrowMoEError as error:
+            log.warning("statistics_unusable", digest=digest, error=str(error))
+            return None
+
+    def _statistics_of_offer(self, offer: Offer) -> CardStatistics | None:
+        """The statistics of a peer's card, fetched without its weights."""
+        if self._offered_statistics is None or not offer.entry.has_statistics:
+            return None
+        found = self._offered_statistics(offer.entry.digest)
+        try:
+            return None if found is None else arrowmoe.CardStatistics.of(found[0], {one.name: one for one in found[1]})
+        except ArrowMoEError as error:
+            log.warning("statistics_unusable", digest=offer.entry.digest, peer=offer.source, error=str(error))
+            return None
 
     def _forget_removed(self, engine: ArrowEngine) -> None:
         """Unload adapters whose card was removed from the registry."""

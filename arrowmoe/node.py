@@ -162,7 +162,14 @@ class Node:
         )
         stack.enter_context(swarm)
         routes = bool(settings.bases)
-        self._inference = Inference(registry, settings, bases=settings.bases, route=routes, fetch=swarm.fetch)
+        self._inference = Inference(
+            registry,
+            settings,
+            bases=settings.bases,
+            route=routes,
+            fetch=swarm.fetch,
+            offered_statistics=swarm.statistics,
+        )
         control = stack.enter_context(ControlServer(node_handlers(self)))
         if routes:
             stack.enter_context(_background("load", self._load))

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+import arrowmoe
 from arrowmoe import views
 from arrowmoe.control import Handler, Progress
 from arrowmoe.inference import Inference
 from federation.sync import PeerReport, SyncReport
+
+if TYPE_CHECKING:
+    from arrowmoe.routing import Opinion
 
 Params = Mapping[str, Any]
 
@@ -72,11 +76,12 @@ def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
 
     def route(params: Params, progress: Progress) -> Any:
         base = params.get("base")
-        return views.routed(params["text"], inference.route(params["text"], base=base), base=base)
+        gates = inference.route(params["text"], base=base, policy=params.get("policy"), opinion=_opinion(params))
+        return views.routed(params["text"], gates, base=base)
 
     def ask(params: Params, progress: Progress) -> Any:
         engine = inference.engine(params.get("base"))
-        return views.answer(inference.ask(**params), base=engine.name)
+        return views.answer(inference.ask(**{**params, "opinion": _opinion(params)}), base=engine.name)
 
     def generate(params: Params, progress: Progress) -> Any:
         return [views.generation(made) for made in inference.generate(**params)]
@@ -90,6 +95,12 @@ def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
         ]
 
     return {"route": route, "ask": ask, "generate": generate, "encode": encode}
+
+
+def _opinion(params: Params) -> Opinion | None:
+    """What an agent said of the prompt, if it said anything."""
+    said = params.get("opinion")
+    return arrowmoe.Opinion(**said) if said else None
 
 
 def _late(method: str, node: Served) -> Handler:

@@ -70,9 +70,16 @@ class RouterSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threshold: float = Field(default=0.30, ge=-1, le=1, description="least score (cosine) at which a card is used")
-    top_k: int = Field(default=1, ge=1, le=64, description="most cards that answer one prompt together")
-    temperature: float = Field(default=0.1, gt=0, le=100, description="softmax temperature of the weights of several")
+    mode: Literal["top1", "top2", "soft", "threshold"] = Field(
+        default="top1", description="how many cards answer one prompt together"
+    )
+    alpha: float = Field(
+        default=0.05, ge=0, lt=1, description="share of its own prompts that a calibrated card may refuse"
+    )
+    threshold: float = Field(default=0.30, ge=-1, le=1, description="least cosine for a card that is not calibrated")
+    temperature: float = Field(default=8.0, gt=0, le=1000, description="nats by which the weights of several soften")
+    least_share: float = Field(default=0.3, gt=0, le=1, description="least weight of a card in mode threshold")
+    max_experts: int = Field(default=4, ge=1, le=8, description="most cards in mode threshold")
 
 
 class LogSettings(BaseModel):

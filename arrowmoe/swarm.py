@@ -22,10 +22,15 @@ from registry.card import LoRACard
 from registry.digest import Digest
 from registry.entries import Origin
 from registry.logs import get_logger
+from registry.manifest import RoutingSpec
 from registry.store import Registry
+from registry.tensor import Tensor
 
 PROBE_TIMEOUT_S = 3.0
 log = get_logger(__name__)
+
+Statistics = tuple[RoutingSpec, tuple[Tensor, ...]]
+"""A card's statistics for the router: what they are, and the tensors of role `STATS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,7 @@ class Swarm:
         self._announced = (name, host) if discovery else None
         self._discovery: Discovery | None = None
         self._memory: SyncMemory = {}
+        self._statistics: dict[Digest, Statistics | None] = {}
         self._looking = threading.Lock()
         self._stack = ExitStack()
 
@@ -132,7 +138,22 @@ class Swarm:
                 for peer in report.peers
                 for entry in peer.missing
             }
+            known = self._statistics.copy()
+            self._statistics = {digest: known[digest] for digest in self.offers if known.get(digest) is not None}
         return report
+
+    def statistics(self, digest: Digest) -> Statistics | None:
+        """The statistics of an offered card, fetched without its weights and remembered while it is offered.
+
+        None if nobody offers it or it has none, and until the next `look` if its peer fails, which is logged.
+        """
+        offer = self.offers.get(digest)
+        if offer is None or not offer.entry.has_statistics:
+            return None
+        known = self._statistics
+        if digest not in known:
+            known[digest] = _statistics_of(offer)
+        return known[digest]
 
     def fetch(self, digest: str) -> LoRACard:
         """Bring the card of an offer: fetched, verified, admitted; as it stands if it came here meanwhile."""
@@ -149,4 +170,17 @@ class Swarm:
         return card
 
 
-__all__ = ["Offer", "Swarm"]
+def _statistics_of(offer: Offer) -> Statistics | None:
+    try:
+        with LoRAFlightClient(offer.source, timeout_s=PROBE_TIMEOUT_S) as client:
+            manifest, tensors = client.fetch_statistics(offer.entry.digest)
+    except FederationError as error:
+        log.warning("statistics_not_fetched", digest=offer.entry.digest, peer=offer.source, error=str(error))
+        return None
+    if manifest.routing is None:
+        log.warning("statistics_not_there", digest=offer.entry.digest, peer=offer.source)
+        return None
+    return manifest.routing, tensors
+
+
+__all__ = ["Offer", "Statistics", "Swarm"]

@@ -143,11 +143,14 @@ def _decision(gates: Gates) -> Json:
     decision: Decision | None = gates.decisions[0] if gates.decisions else None
     if decision is None:
         why = "chosen by hand" if gates.adapters else "no card was asked for"
-        return {"mode": "manual", "abstained": False, "threshold": None, "why": why, "candidates": []}
+        nothing = {"alpha": None, "threshold": None, "p_value": None}
+        return {"mode": "manual", "abstained": False, "why": why, "candidates": []} | nothing
     return {
         "mode": decision.mode,
         "abstained": decision.abstained,
+        "alpha": decision.alpha,
         "threshold": decision.threshold,
+        "p_value": decision.p_value,
         "why": decision.why,
         "candidates": [_candidate(one) for one in decision.candidates],
     }
@@ -158,6 +161,9 @@ def _candidate(candidate: Candidate) -> Json:
         "digest": candidate.digest,
         "name": candidate.name,
         "score": round(candidate.score, 4),
+        "p_value": candidate.p_value,
+        "cosine": candidate.cosine,
+        "evidence": candidate.evidence,
         "nearest": candidate.nearest,
         "virtual": candidate.virtual,
         "source": candidate.source,

@@ -9,9 +9,10 @@ What the peer got wrong is a `PeerError`, what the line got wrong a `TransportEr
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from itertools import islice
+from dataclasses import replace
+from itertools import groupby, islice
 from typing import Self
 
 import numpy as np
@@ -25,8 +26,8 @@ from registry.card import LoRACard, check_tensor
 from registry.digest import Digest, digest_of
 from registry.errors import CardError
 from registry.format import described
-from registry.manifest import FORMAT_VERSION, Manifest
-from registry.tensor import Tensor
+from registry.manifest import FORMAT_VERSION, Manifest, TensorSpec
+from registry.tensor import Role, Tensor
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeError)
@@ -62,19 +63,20 @@ class LoRAFlightClient:
         Raises `PeerError` if anything is not what the digest and the manifest promise, `TransferError` or
         `PeerUnreachableError` if the line fails. Memory: one message and the card's promised bytes.
         """
-        metadata = self._metadata(digest)
-        try:
-            manifest, signature = described(metadata)
-            _check_size(manifest, digest)
-            with closing(self._tensor_bytes(digest, manifest)) as chunks:
-                tensors = _received(_ByteStream(chunks, on_bytes), manifest)
-            card = LoRACard(
-                manifest_bytes=metadata[wire.MANIFEST_KEY], manifest=manifest, tensors=tensors, signature=signature
-            )
-            card.verify_signature()
-        except CardError as error:
-            raise PeerError(f"{self.address} sent card {digest} damaged or forged: {error}") from error
-        return card
+        with self._card_errors(digest):
+            card = self._without_tensors(digest)
+            tensors = self._tensors(wire.CardRequest(digest=digest), card.manifest.tensors, on_bytes)
+        return replace(card, tensors=tensors)
+
+    def fetch_statistics(self, digest: Digest) -> tuple[Manifest, tuple[Tensor, ...]]:
+        """The manifest of the card with `digest` and its tensors of role `STATS`, verified, without its weights.
+
+        Raises as `fetch_skill` does. Memory: one message and `MAX_STATISTICS_BYTES`.
+        """
+        with self._card_errors(digest):
+            manifest = self._without_tensors(digest).manifest
+            runs = [self._tensors(request, specs) for request, specs in _statistics_in(manifest, digest)]
+        return manifest, tuple(tensor for run in runs for tensor in run)
 
     def close(self) -> None:
         """Close the connection."""
@@ -88,6 +90,15 @@ class LoRAFlightClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _without_tensors(self, digest: Digest) -> LoRACard:
+        """What is known of the card before its tensors come: manifest and signature, both checked."""
+        metadata = self._metadata(digest)
+        manifest, signature = described(metadata)
+        _check_size(manifest, digest)
+        card = LoRACard(manifest_bytes=metadata[wire.MANIFEST_KEY], manifest=manifest, tensors=(), signature=signature)
+        card.verify_signature()
+        return card
+
     def _metadata(self, digest: Digest) -> dict[bytes, bytes]:
         """The card's manifest, known to be the one asked for, and its signature, as a card file's metadata has them."""
         action = flight.Action(wire.ACTION_MANIFEST, wire.encode_card_request(wire.CardRequest(digest=digest)))
@@ -100,10 +111,14 @@ class LoRAFlightClient:
         keys = (wire.MANIFEST_KEY, wire.SIGNATURE_KEY)
         return {wire.FORMAT_KEY: b"%d" % FORMAT_VERSION, **dict(zip(keys, parts, strict=False))}
 
-    def _tensor_bytes(self, digest: Digest, promised: Manifest) -> Generator[memoryview, None, None]:
-        body = wire.encode_card_request(wire.CardRequest(digest=digest))
-        deadline_s = self._timeout_s + promised.tensor_bytes / limits.SLOWEST_BYTES_PER_S
-        yield from self._results(flight.Action(wire.ACTION_TENSORS, body), deadline_s, TransferError)
+    def _tensors(
+        self, request: wire.CardRequest, specs: Sequence[TensorSpec], on_bytes: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, ...]:
+        """The tensors that `request` asks for, which are those of `specs`."""
+        action = flight.Action(wire.ACTION_TENSORS, wire.encode_card_request(request))
+        deadline_s = self._timeout_s + sum(spec.nbytes for spec in specs) / limits.SLOWEST_BYTES_PER_S
+        with closing(self._results(action, deadline_s, TransferError)) as chunks:
+            return _received(_ByteStream(chunks, on_bytes), specs)
 
     def _action(self, name: str) -> Generator[bytes, None, None]:
         """The results of an action that moves no tensors."""
@@ -135,6 +150,13 @@ class LoRAFlightClient:
 
     def _options(self, timeout_s: float) -> flight.FlightCallOptions:
         return flight.FlightCallOptions(timeout=timeout_s)
+
+    @contextmanager
+    def _card_errors(self, digest: Digest) -> Iterator[None]:
+        try:
+            yield
+        except CardError as error:
+            raise PeerError(f"{self.address} sent card {digest} damaged or forged: {error}") from error
 
     @contextmanager
     def _line(self, broken: type[TransportError]) -> Iterator[None]:
@@ -191,15 +213,31 @@ def _untouched(count: int) -> memoryview:
         raise PeerError(f"expected a tensor that fits into memory, got one of {count} bytes") from error
 
 
-def _received(stream: _ByteStream, manifest: Manifest) -> tuple[Tensor, ...]:
-    """The manifest's tensors out of `stream`, each checked as soon as it is whole."""
+def _received(stream: _ByteStream, specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+    """The promised tensors out of `stream`, each checked as soon as it is whole."""
     tensors = []
-    for spec in manifest.tensors:
+    for spec in specs:
         tensor = Tensor.of(spec.name, spec.role, spec.dtype, spec.shape, stream.take(spec.nbytes))
         check_tensor(tensor, spec)
         tensors.append(tensor)
     stream.end()
     return tuple(tensors)
+
+
+def _statistics_in(manifest: Manifest, digest: Digest) -> list[tuple[wire.CardRequest, list[TensorSpec]]]:
+    """Where the statistics lie in the card's bytes, as one request for each run of them. Raises `PeerError`."""
+    requests, offset = [], 0
+    for is_statistics, run in groupby(manifest.tensors, key=lambda spec: spec.role is Role.STATS):
+        specs = list(run)
+        nbytes = sum(spec.nbytes for spec in specs)
+        if is_statistics:
+            requests.append((wire.CardRequest(digest=digest, offset=offset, nbytes=nbytes), specs))
+        offset += nbytes
+    if len(requests) > limits.MAX_STATISTICS_RUNS:
+        raise PeerError(
+            f"expected statistics in at most {limits.MAX_STATISTICS_RUNS} places of card {digest}, got {len(requests)}"
+        )
+    return requests
 
 
 def _check_size(manifest: Manifest, digest: Digest) -> None:

@@ -30,6 +30,9 @@ READ_AHEAD_BYTES = 4 << 20
 MAX_CARD_BYTES = 8 << 30
 """Sum of one card's tensors."""
 
+MAX_STATISTICS_RUNS = 8
+"""Places in a card's bytes at which its statistics lie, each of which is a request of its own; our writer makes two."""
+
 MAX_NAME_CHARS = 64
 """A node's name."""
 

@@ -7,9 +7,11 @@ Nothing here knows who is asking; until nodes prove who they are, off loopback t
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -104,6 +106,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
     def __init__(self, location: str, registry: Registry, *, node_id: str, name: str) -> None:
         self._registry, self._node_id, self._name = registry, node_id, name
         self._streams = threading.BoundedSemaphore(limits.MAX_STREAMS)
+        self._with_statistics: dict[Digest, bool] = {}
         super().__init__(location)
 
     def list_flights(self, context: flight.ServerCallContext, criteria: bytes) -> Iterator[flight.FlightInfo]:
@@ -132,7 +135,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
                 return iter(_described(_open(self._registry, _requested(action).digest)))
             if action.type == wire.ACTION_TENSORS:
                 request = _requested(action)
-                return self._stream(self._tensors(_open(self._registry, request.digest), request.offset))
+                return self._stream(self._tensors(_open(self._registry, request.digest), request))
             raise flight.FlightServerError(
                 f"action {action.type[:80]!r} is unknown; list_actions names those there are"
             )
@@ -142,7 +145,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
             (wire.ACTION_HEALTH, "who this node is and a token of its cards, as one JSON object"),
             (wire.ACTION_INVENTORY, "its cards as pages of JSON"),
             (wire.ACTION_MANIFEST, "a card's manifest, and its signature if it has one"),
-            (wire.ACTION_TENSORS, "a card's tensor bytes in the manifest's order, from an offset on"),
+            (wire.ACTION_TENSORS, "a card's tensor bytes in the manifest's order, or a part of them"),
         ]
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
@@ -167,15 +170,27 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
     def _inventory(self) -> Iterator[bytes]:
         with _flight_errors():
-            yield from wire.encode_inventory(map(_offer, self._registry.list()))
+            entries = self._registry.list()
+            yield from wire.encode_inventory(_offer(entry, self._has_statistics(entry.digest)) for entry in entries)
+
+    def _has_statistics(self, digest: Digest) -> bool:
+        """Whether the card has statistics for routers: remembered, for no column says it and no card ever changes."""
+        if digest not in self._with_statistics:
+            try:
+                manifest, *_ = _described(_open(self._registry, digest))
+                self._with_statistics[digest] = json.loads(manifest).get("routing") is not None
+            except (flight.FlightServerError, UnknownCardError, ValueError) as error:  # damaged, or removed meanwhile
+                _log.warning("card_statistics_unknown", digest=digest, error=_one_line(error))
+                return False
+        return self._with_statistics[digest]
 
     def _batches(self, reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
         with _flight_errors():
             yield from _read(reader)
 
-    def _tensors(self, reader: pa.RecordBatchFileReader, offset: int) -> Iterator[pa.Buffer]:
+    def _tensors(self, reader: pa.RecordBatchFileReader, request: wire.CardRequest) -> Iterator[pa.Buffer]:
         with _flight_errors():
-            yield from _tensor_bytes(reader, offset)
+            yield from _tensor_bytes(reader, request.offset, sys.maxsize if request.nbytes is None else request.nbytes)
 
     def _stream(self, items: Iterator[Any]) -> Iterator[Any]:
         """`items`, holding one of the `MAX_STREAMS` places until the call ends, even if it never starts to read."""
@@ -242,14 +257,17 @@ def _described(reader: pa.RecordBatchFileReader) -> list[bytes]:
     return [metadata[key] for key in (wire.MANIFEST_KEY, wire.SIGNATURE_KEY) if key in metadata]
 
 
-def _tensor_bytes(reader: pa.RecordBatchFileReader, offset: int) -> Iterator[pa.Buffer]:
-    """The card's tensor bytes from `offset` on, as views of the file; in a batch they follow one another."""
+def _tensor_bytes(reader: pa.RecordBatchFileReader, offset: int, nbytes: int) -> Iterator[pa.Buffer]:
+    """`nbytes` tensor bytes of the card from `offset` on, as views of the file; in a batch they follow one another."""
     for batch in _read(reader):
         data = batch.column("data").buffers()[2]
         size = 0 if data is None else data.size
-        for start in range(min(offset, size), size, limits.TENSOR_CHUNK_BYTES):
-            yield data.slice(start, min(limits.TENSOR_CHUNK_BYTES, size - start))
-        offset = max(0, offset - size)
+        first, end = min(offset, size), min(offset + nbytes, size)
+        for start in range(first, end, limits.TENSOR_CHUNK_BYTES):
+            yield data.slice(start, min(limits.TENSOR_CHUNK_BYTES, end - start))
+        offset, nbytes = max(0, offset - size), nbytes - (end - first)
+        if not nbytes:
+            return
 
 
 @contextmanager
@@ -267,7 +285,7 @@ def _one_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:300]
 
 
-def _offer(entry: CardEntry) -> wire.InventoryEntry:
+def _offer(entry: CardEntry, has_statistics: bool) -> wire.InventoryEntry:
     return wire.InventoryEntry(
         digest=entry.digest,
         name=entry.name,
@@ -281,6 +299,7 @@ def _offer(entry: CardEntry) -> wire.InventoryEntry:
         domains=entry.domains,
         examples=entry.examples,
         publisher=entry.publisher,
+        has_statistics=has_statistics,
     )
 
 

@@ -60,10 +60,11 @@ class Health:
 
 @dataclass(frozen=True, kw_only=True)
 class CardRequest:
-    """Asks for a card's manifest, or for its tensor bytes, in the manifest's order, from byte `offset` on."""
+    """Asks for a card's manifest, or for `nbytes` (None: all) of its tensor bytes from byte `offset` on."""
 
     digest: _DigestText
     offset: _Count = 0
+    nbytes: _Count | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class InventoryEntry:
     domains: _Texts = ()
     examples: _Texts = ()
     publisher: str | None = None
+    has_statistics: bool = False
 
     @property
     def label(self) -> str:

@@ -18,6 +18,7 @@ from registry.manifest import (
     FORMAT_VERSION,
     AdapterSpec,
     Manifest,
+    RoutingSpec,
     TensorSpec,
     base_fingerprint,
     manifest_bytes,
@@ -121,14 +122,39 @@ class LoRACard:
             modules.setdefault(tensor.name, {})[tensor.role] = tensor
         return modules
 
+    @property
+    def statistics(self) -> Mapping[str, Tensor]:
+        """The tensors of role `STATS`, by name; `manifest.routing` says what they are."""
+        return {tensor.name: tensor for tensor in self.tensors if tensor.role is Role.STATS}
+
     def describe(self, **changes: Any) -> LoRACard:
         """A new, unsigned card that shares the tensors; `changes` replace fields of the manifest, the rest stays."""
-        forbidden = {"tensors", "adapter", "format", "base"} & changes.keys()
+        forbidden = {"tensors", "adapter", "format", "base", "routing"} & changes.keys()
         if forbidden:
             raise ManifestError(f"{', '.join(sorted(forbidden))}: describe() changes the description, not the adapter")
         fields = json.loads(self.manifest_bytes) | {"publisher": None} | changes
         data = manifest_bytes(fields)
         return replace(self, manifest_bytes=data, manifest=Manifest.parse(data), signature=None)
+
+    def with_routing(self, spec: RoutingSpec | None, tensors: Iterable[Tensor] = ()) -> LoRACard:
+        """A new, unsigned card with the same weights, and with `tensors` for its statistics, which `spec` describes.
+
+        None and no tensors take them out. Raises `ManifestError` where spec and tensors do not fit, and
+        `CardIntegrityError` for statistics that are not finite.
+        """
+        statistics = tuple(tensors)
+        weights = [tensor.name for tensor in statistics if tensor.role is not Role.STATS]
+        if weights:
+            raise ManifestError(f"expected statistics only, got the weight {weights[0]!r}, so the adapter would change")
+        _check_finite(statistics)
+        fields = json.loads(self.manifest_bytes)
+        old = zip(self.tensors, fields["tensors"], strict=True)
+        rows = [(tensor, row) for tensor, row in old if tensor.role is not Role.STATS]
+        rows += [(tensor, _spec_of(tensor)) for tensor in statistics]
+        rows.sort(key=lambda row: _layout_key(row[0]))
+        routing = None if spec is None else spec.model_dump(mode="json")
+        data = manifest_bytes(fields | {"publisher": None, "routing": routing, "tensors": [row for _, row in rows]})
+        return LoRACard(manifest_bytes=data, manifest=Manifest.parse(data), tensors=tuple(tensor for tensor, _ in rows))
 
     def signed(self, identity: Identity) -> LoRACard:
         """This card as published by `identity`: the manifest names the publisher, the signature covers it."""

@@ -32,6 +32,17 @@ FORMAT_VERSION: Literal[1] = 1
 MAX_MANIFEST_BYTES = (1 << 20) - 1024
 """Leaves room for the format and the signature in the 1 MiB that a file's metadata may take."""
 
+MAX_STATISTICS_BYTES = 64 << 10
+"""Sum of a card's statistics: peers fetch them before they know whether they want the card."""
+
+PROTOTYPES, COUNTS, SKETCH, CALIBRATION = (
+    "routing.prototypes",
+    "routing.counts",
+    "routing.sketch",
+    "routing.calibration",
+)
+"""Names of the statistics' tensors, which `RoutingSpec` describes."""
+
 _MAX_PATTERNS = 16_384
 
 
@@ -43,8 +54,10 @@ def _few(patterns: object) -> object:
 
 CardName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?$")]
 CardVersion = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9.+_-]{0,30}[A-Za-z0-9])?$")]
+DigestText = Annotated[Digest, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
 Dimension = Annotated[int, Field(ge=0, le=1 << 40)]
 ModulePath = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+Positive = Annotated[int, Field(ge=1, le=1 << 40)]
 Rank = Annotated[int, Field(ge=1, le=1 << 16)]
 # FailFast and _few: pydantic keeps every error it finds, which made 2 GiB of a hostile manifest of 1 MiB.
 ModulePaths = Annotated[tuple[ModulePath, ...], FailFast()]
@@ -63,7 +76,7 @@ class TensorSpec(_Value):
     dtype: DType
     shape: Annotated[tuple[Dimension, ...], Field(max_length=8)]
     nbytes: Dimension
-    digest: Annotated[Digest, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
+    digest: DigestText
 
 
 class BaseRef(_Value):
@@ -75,7 +88,7 @@ class BaseRef(_Value):
 
     name: str | None = None
     architecture: str | None = None
-    fingerprint: Annotated[Digest, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
+    fingerprint: DigestText
 
 
 class AdapterSpec(_Value):
@@ -107,6 +120,26 @@ class AdapterSpec(_Value):
         return alpha / (sqrt(rank) if self.scaling == "rslora" else rank)
 
 
+class RoutingSpec(_Value):
+    """What the card's statistics for the router are: of how many prompts, in which embedder's space.
+
+    Tensors of role `stats`: `routing.prototypes` (k, dimension) float16, each the mean of `routing.counts` (k,) float32
+    prompts; if wanted `routing.sketch` (r, dimension) float16 of the scatter around them, and `routing.calibration`
+    (q,) float32, the scores of `calibration` prompts that the prototypes have not seen.
+    """
+
+    embedder: ModulePath
+    dimension: Rank
+    probe: DigestText
+    """The shared set of prompts that scores are relative to."""
+    probe_check: Annotated[tuple[FiniteFloat, ...], Field(max_length=64)] = ()
+    """The first coordinates of their mean: another model of the same name has others."""
+    count: Positive
+    calibration: Dimension = 0
+    min_prompts: Positive
+    """A prototype of private prompts is the mean of at least so many; texts that the card shows count one each."""
+
+
 class Manifest(_Value):
     """A card's description, format version 1."""
 
@@ -124,6 +157,7 @@ class Manifest(_Value):
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     peft: dict[str, Any] | None = None
+    routing: RoutingSpec | None = None
     created: AwareDatetime
     tensors: Annotated[tuple[TensorSpec, ...], FailFast()]
 
@@ -191,6 +225,7 @@ def check_structure(manifest: Manifest) -> None:
     found = base_fingerprint(module_shapes(manifest.tensors))
     if manifest.base.fingerprint != found:
         raise ManifestError(f"expected base fingerprint {found} for these tensors, got {manifest.base.fingerprint}")
+    _check_statistics(manifest.routing, {spec.name: spec for spec in manifest.tensors if spec.role is Role.STATS})
 
 
 def _check_tensors(specs: Iterable[TensorSpec]) -> None:
@@ -217,6 +252,42 @@ def _check_module(adapter: AdapterSpec, module: str, by_role: Mapping[tuple[str,
     for spec in vectors:
         if spec.shape != (b[0],):
             raise ManifestError(f"module {module!r}: expected {spec.role} of shape ({b[0]},), got {spec.shape}")
+
+
+def _check_statistics(routing: RoutingSpec | None, specs: Mapping[str, TensorSpec]) -> None:
+    size = sum(spec.nbytes for spec in specs.values())
+    if size > MAX_STATISTICS_BYTES:
+        raise ManifestError(
+            f"expected statistics of at most {MAX_STATISTICS_BYTES} bytes, got {size}",
+            hint="keep fewer prototypes, or a sketch of lower rank",
+        )
+    ours = {name: specs[name] for name in (PROTOTYPES, COUNTS, SKETCH, CALIBRATION) if name in specs}
+    if routing is None:
+        if ours:
+            raise ManifestError(f"expected routing to describe the tensor {next(iter(ours))!r}, got none")
+        return
+    for name in (PROTOTYPES, COUNTS):
+        if name not in ours:
+            raise ManifestError(f"expected the tensor {name!r} that routing describes, got none")
+    _check_routing(routing, ours)
+
+
+def _check_routing(routing: RoutingSpec, specs: Mapping[str, TensorSpec]) -> None:
+    rows = {name: spec.shape[0] if spec.shape else 0 for name, spec in specs.items()}
+    expected = {
+        PROTOTYPES: (DType.FLOAT16, (max(1, rows[PROTOTYPES]), routing.dimension)),
+        COUNTS: (DType.FLOAT32, (rows[PROTOTYPES],)),
+        SKETCH: (DType.FLOAT16, (rows.get(SKETCH), routing.dimension)),
+        CALIBRATION: (DType.FLOAT32, (rows.get(CALIBRATION),)),
+    }
+    for name, spec in specs.items():
+        dtype, shape = expected[name]
+        if (spec.dtype, spec.shape) != (dtype, shape):
+            raise ManifestError(f"tensor {name!r}: expected {dtype} of {shape}, got {spec.dtype} of {spec.shape}")
+    if bool(rows.get(CALIBRATION)) != bool(routing.calibration):
+        raise ManifestError(
+            f"routing: calibration is {routing.calibration} prompts, so a tensor {CALIBRATION!r} must agree with that"
+        )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -253,11 +324,17 @@ def _hint_for(error: Exception) -> str | None:
 
 
 __all__ = [
+    "CALIBRATION",
+    "COUNTS",
     "FORMAT_VERSION",
     "MAX_MANIFEST_BYTES",
+    "MAX_STATISTICS_BYTES",
+    "PROTOTYPES",
+    "SKETCH",
     "AdapterSpec",
     "BaseRef",
     "Manifest",
+    "RoutingSpec",
     "TensorSpec",
     "base_fingerprint",
     "check_structure",

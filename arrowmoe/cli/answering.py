@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 import arrowmoe
 from arrowmoe import control
-from arrowmoe.cli.app import App
+from arrowmoe.cli.app import App, given
 from arrowmoe.home import NodeError, NodeRecord
 
 DEFAULT_BASE = "builtin:smollm2"
+
+Mode = Annotated[str | None, typer.Option(help="top1, top2, soft or threshold; the setting, unless given.")]
+Alpha = Annotated[float | None, typer.Option(min=0.0, max=0.99, help="Share of its own prompts a card may refuse.")]
+Expert = Annotated[str | None, typer.Option(metavar="CARD", help="The card that an agent would use.")]
+Confidence = Annotated[float, typer.Option(min=0.01, max=0.99, help="How sure it is.")]
+Override = Annotated[bool, typer.Option("--override", help="Use it, unless it refuses the prompt itself.")]
 
 
 def answered(app: App, method: str, params: Mapping[str, Any], *, bases: Sequence[str], route: bool) -> Any:
@@ -40,6 +48,18 @@ def adapter_of(values: Sequence[str]) -> Any:
         raise NodeError(f"expected --adapter NAME=WEIGHT with a number, got {list(values)}") from error
 
 
+def routing_of(
+    *, mode: str | None, alpha: float | None, expert: str | None, confidence: float, override: bool
+) -> dict[str, Any]:
+    """Parameters of a request that say how it is routed: changes of the settings, and an agent's opinion."""
+    policy = {name: value for name, value in (("mode", mode), ("alpha", alpha)) if value is not None}
+    use = "override" if override else "prior"
+    opinion = {"card": expert, "confidence": confidence, "use": use} if expert else None
+    if override and not expert:
+        raise NodeError("expected --expert CARD with --override, got none")
+    return given(policy=policy or None, opinion=opinion)
+
+
 def made_by(answer: Mapping[str, Any]) -> str:
     """Which cards made an answer, with which weights, or that none did and why."""
     if not answer["adapters"]:
@@ -60,4 +80,15 @@ def _answered_here(app: App, method: str, params: Mapping[str, Any], *, bases: S
         return arrowmoe.operations.inference_handlers(inference)[method](params, lambda done: None)
 
 
-__all__ = ["DEFAULT_BASE", "adapter_of", "answered", "made_by"]
+__all__ = [
+    "DEFAULT_BASE",
+    "Alpha",
+    "Confidence",
+    "Expert",
+    "Mode",
+    "Override",
+    "adapter_of",
+    "answered",
+    "made_by",
+    "routing_of",
+]

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from arrowmoe.cli.answering import DEFAULT_BASE, adapter_of, answered, made_by
+from arrowmoe.cli.answering import (
+    DEFAULT_BASE,
+    Alpha,
+    Confidence,
+    Expert,
+    Mode,
+    Override,
+    adapter_of,
+    answered,
+    made_by,
+    routing_of,
+)
 from arrowmoe.cli.app import app_of, given, group
 
 app = group()
@@ -24,16 +35,26 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="For a temperature above 0.")] = None,
+    mode: Mode = None,
+    alpha: Alpha = None,
+    expert: Expert = None,
+    confidence: Confidence = 0.9,
+    override: Override = False,
 ) -> None:
     """Answer a prompt with the card that fits it, or with the bare base model if none does."""
     invocation = app_of(context)
     chosen = adapter_of(adapter or [])
-    params = given(base=base, seed=seed) | {
-        "prompt": text,
-        "adapter": chosen,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-    }
+    how = routing_of(mode=mode, alpha=alpha, expert=expert, confidence=confidence, override=override)
+    params = (
+        given(base=base, seed=seed)
+        | how
+        | {
+            "prompt": text,
+            "adapter": chosen,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+        }
+    )
     bases = [base] if base else invocation.settings.bases or [DEFAULT_BASE]
     answer = answered(invocation, "ask", params, bases=bases, route=chosen == "auto")
 

@@ -101,12 +101,12 @@ class Teller:
         self.report["answers"].append(asdict(event))
         self._line()
         self._line(f"{event.number}  {event.prompt}")
-        score = f"{event.score:.2f}, asked {event.threshold:.2f}"
+        fit = f"p {event.fit:.2f}, asked {event.asked:.2f}"
         if event.card is None:
-            self._said("card", f"none fits ({event.nearest} {score}): the bare base model answers")
+            self._said("card", f"none fits ({event.nearest} {fit}): the bare base model answers")
             self._said("without", event.answer)
             return
-        self._said("card", f"{event.card} ({score})")
+        self._said("card", f"{event.card} ({fit})")
         self._said("without", event.bare)
         self._said("with", event.answer, style="green")
 

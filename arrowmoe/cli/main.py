@@ -38,6 +38,7 @@ COMMANDS = {
     "node": Command(module="arrowmoe.cli.node", help="Start, stop and look at the node of this home."),
     "skills": Command(module="arrowmoe.cli.skills", help="Import, list, share and check cards."),
     "peers": Command(module="arrowmoe.cli.peers", help="See which other nodes there are."),
+    "router": Command(module="arrowmoe.cli.router", help="Describe cards for the router, judge and train routers."),
     "route": Command(module="arrowmoe.cli.route", help="Say which card fits a text, and why."),
     "ask": Command(module="arrowmoe.cli.ask", help="Answer a prompt with the card that fits it."),
     "encode": Command(module="arrowmoe.cli.encode", help="Turn texts into vectors."),

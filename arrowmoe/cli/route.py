@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from arrowmoe.cli.answering import answered, made_by
+from arrowmoe.cli.answering import Alpha, Confidence, Expert, Mode, Override, answered, made_by, routing_of
 from arrowmoe.cli.app import app_of, given, group
 
 app = group()
@@ -17,11 +17,19 @@ def route(
     context: typer.Context,
     text: Annotated[str, typer.Argument(help="The text.")],
     base: Annotated[str | None, typer.Option(help="Only cards made for this base model.")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Show the candidates and their scores.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the candidates and what they were judged by.")
+    ] = False,
+    mode: Mode = None,
+    alpha: Alpha = None,
+    expert: Expert = None,
+    confidence: Confidence = 0.9,
+    override: Override = False,
 ) -> None:
     """Say which card fits a text."""
     invocation = app_of(context)
-    routed = answered(invocation, "route", {"text": text} | given(base=base), bases=[], route=True)
+    how = routing_of(mode=mode, alpha=alpha, expert=expert, confidence=confidence, override=override)
+    routed = answered(invocation, "route", {"text": text} | given(base=base) | how, bases=[], route=True)
 
     def human() -> None:
         invocation.out.line(made_by(routed) if routed["adapters"] else f"no card: {routed['why']}")
@@ -29,9 +37,22 @@ def route(
             return
         invocation.out.line()
         rows = [
-            (one["name"], f"{one['score']:.3f}", f"at {one['source']}" if one["virtual"] else "here", one["nearest"])
+            (
+                one["name"],
+                f"{one['score']:.1f}",
+                _figure(one["p_value"]),
+                _figure(one["cosine"]),
+                one["evidence"],
+                f"at {one['source']}" if one["virtual"] else "here",
+                one["nearest"],
+            )
             for one in routed["candidates"]
         ]
-        invocation.out.table(("card", "score>", "where", "nearest text of the card"), rows, "no cards to choose from")
+        columns = ("card", "score>", "p>", "cosine>", "judged by", "where", "nearest of its prototypes")
+        invocation.out.table(columns, rows, "no cards to choose from")
 
     invocation.out.result(routed, human, quiet=routed["adapters"])
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -11,6 +11,7 @@ import typer
 import arrowmoe
 from arrowmoe import control
 from arrowmoe.cli.app import App, app_of, given, group
+from arrowmoe.cli.describing import MAX_STATISTICS_BYTES, MIN_PROMPTS, Budget, MinPrompts, show_described
 from arrowmoe.cli.output import short, size
 from registry.errors import ArrowMoEError
 
@@ -93,6 +94,49 @@ def show(context: typer.Context, ref: Ref) -> None:
         entry = registry.entry(ref)
         found = arrowmoe.views.card(entry) | {"path": str(registry.path_of(entry.digest))}
     invocation.out.result(found, lambda: _show_card(invocation, found), quiet=[found["digest"]])
+
+
+@app.command()
+def describe(
+    context: typer.Context,
+    ref: Ref,
+    examples: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts that it is for, one a line or JSON rows; else its own examples."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Other such prompts, which p-values go by; else EXAMPLES, by turns."),
+    ] = None,
+    min_prompts: MinPrompts = MIN_PROMPTS,
+    budget: Budget = MAX_STATISTICS_BYTES,
+    no_stats: Annotated[bool, typer.Option("--no-stats", help="Take the statistics out.")] = False,
+    description: Annotated[str | None, typer.Option(help="What the card is good at, if that changes.")] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish/--no-publish", help="Keep the new version in this home, or only tell of it.")
+    ] = True,
+) -> None:
+    """Give a card's next version statistics of prompts, by which routers know it; the prompts stay here."""
+    if no_stats and (examples or calibration):
+        raise typer.BadParameter("--no-stats takes no --examples and no --calibration")
+    invocation = app_of(context)
+    commands = arrowmoe.router_commands
+    with invocation.registry() as registry, invocation.out.progress("describing") as advance:
+        bench = commands.Workbench(registry, invocation.settings, advance)
+        if no_stats:
+            told = commands.undescribe(bench, ref, description=description, publish=publish)
+        else:
+            how = commands.Description(
+                examples=examples,
+                calibration=calibration,
+                description=description,
+                min_prompts=min_prompts,
+                budget_bytes=budget,
+            )
+            told = commands.describe(bench, ref, how, publish=publish)
+    if told["others"]:
+        invocation.out.note(f"{told['others']} rows are of other cards and were left out")
+    invocation.out.result(told, lambda: show_described(invocation.out, told), quiet=[told["digest"] or ""])
 
 
 @app.command()

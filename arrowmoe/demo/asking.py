@@ -53,8 +53,8 @@ def _answered(number: int, prompt: Prompt, decided: Mapping[str, Any], *, bare: 
         expected=prompt.card,
         card=next(iter(decided["adapters"]), None),
         nearest=nearest["name"],
-        score=nearest["score"],
-        threshold=decided["threshold"],
+        fit=nearest["p_value"],
+        asked=decided["alpha"],
         bare=bare,
         answer=answer,
     )

@@ -81,7 +81,7 @@ class Ready:
 class Answered:
     """A prompt as B routed and answered it.
 
-    `card` is None where the router abstained; `score` is that of the nearest card `nearest`, which `threshold` was
+    `card` is None where the router abstained; `fit` is the p-value of the nearest card `nearest`, which `asked` was
     asked of. `bare` is the answer without a card, `answer` the one that a user gets.
     """
 
@@ -91,8 +91,8 @@ class Answered:
     expected: str | None
     card: str | None
     nearest: str
-    score: float
-    threshold: float
+    fit: float
+    asked: float
     bare: str
     answer: str
 

@@ -16,11 +16,18 @@ from arrowmoe.errors import GateError
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A card that the router considered for one row; `virtual` if its weights are with peer `source` only."""
+    """A card that the router considered for one row; `virtual` if its weights are with peer `source` only.
+
+    `evidence` is what it was judged by: statistics, examples, description, name, or weights. `p_value` is that of the
+    prompt among the card's own, None where that was not asked or the card is not calibrated; `cosine` stands in then.
+    """
 
     digest: str
     name: str
     score: float
+    p_value: float | None = None
+    cosine: float | None = None
+    evidence: str = ""
     nearest: str = ""
     virtual: bool = False
     source: str | None = None
@@ -28,11 +35,15 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """How one row was decided: `candidates` best first, `why` one sentence for people."""
+    """How one row was decided: `candidates` best first, `why` one sentence for people.
+
+    A calibrated card was asked for a p-value of at least `alpha`, any other for a cosine of at least `threshold`.
+    """
 
     mode: str
     why: str
     abstained: bool = False
+    alpha: float | None = None
     threshold: float | None = None
     p_value: float | None = None
     candidates: tuple[Candidate, ...] = ()

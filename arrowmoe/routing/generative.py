@@ -26,7 +26,8 @@ from arrowmoe.lora.manager import LoadedLoRA
 from arrowmoe.routing.constrained import Trie, choose
 from arrowmoe.routing.dataset import NONE, RoutingExample, routing_prompt
 from arrowmoe.routing.gates import Candidate, Decision, Gates
-from arrowmoe.routing.router import SHOWN_CANDIDATES, Describable
+from arrowmoe.routing.policy import CONSIDERED
+from arrowmoe.routing.profile import Describable
 from evolution.fine_tuning import FineTuning, Pair, fine_tune
 from registry.card import LoRACard
 
@@ -149,7 +150,7 @@ class GenerativeRouter:
             abstained=abstained,
             threshold=self.threshold,
             candidates=tuple(
-                Candidate(digest=digests[name], name=name, score=probs[name]) for name in ranked[:SHOWN_CANDIDATES]
+                Candidate(digest=digests[name], name=name, score=probs[name]) for name in ranked[:CONSIDERED]
             ),
         )
 

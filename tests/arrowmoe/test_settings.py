@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from arrowmoe.routing.router import DEFAULT_TEMPERATURE, DEFAULT_THRESHOLD
+from arrowmoe.routing import Policy
 from arrowmoe.settings import ConfigurationError, Settings, load
 
 
@@ -17,7 +17,9 @@ def own_home(tmp_path: Path, clean_environment: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_layer_wins_over_the_one_below_it(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (own_home / "config.toml").write_text('name = "file"\ndevice = "file"\ndtype = "float16"\n[router]\ntop_k = 2\n')
+    (own_home / "config.toml").write_text(
+        'name = "file"\ndevice = "file"\ndtype = "float16"\n[router]\nmax_experts = 2\n'
+    )
     monkeypatch.setenv("ARROWMOE_NAME", "environment")
     monkeypatch.setenv("ARROWMOE_DEVICE", "environment")
     monkeypatch.setenv("ARROWMOE_ROUTER__THRESHOLD", "0.6")
@@ -29,15 +31,15 @@ def test_each_layer_wins_over_the_one_below_it(own_home: Path, monkeypatch: pyte
         "float16",
         "127.0.0.1",
     )
-    assert (settings.router.top_k, settings.router.threshold) == (2, 0.6)
+    assert (settings.router.max_experts, settings.router.threshold) == (2, 0.6)
     sources = {name: source for name, _, source in loaded.rows()}
     file = f"file {own_home / 'config.toml'}"
-    assert {name: sources[name] for name in ("name", "device", "dtype", "host", "router.top_k")} == {
+    assert {name: sources[name] for name in ("name", "device", "dtype", "host", "router.max_experts")} == {
         "name": "flag",
         "device": "environment",
         "dtype": file,
         "host": "default",
-        "router.top_k": file,
+        "router.max_experts": file,
     }
     assert sources["router.threshold"] == "environment"
 
@@ -135,8 +137,7 @@ def test_home_is_absolute_and_tilde_is_expanded() -> None:
 
 
 def test_the_defaults_of_the_router_are_the_routers_own() -> None:
-    router = Settings().router
-    assert (router.threshold, router.temperature) == (DEFAULT_THRESHOLD, DEFAULT_TEMPERATURE)
+    assert Policy(**Settings().router.model_dump()) == Policy()
 
 
 def test_every_setting_has_a_meaning_and_a_line_in_the_docs() -> None:

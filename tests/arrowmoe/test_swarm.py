@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from arrowmoe.features import TextFeaturizer
-from arrowmoe.routing import LoRARouter
+from arrowmoe.routing import LoRARouter, Policy
 from arrowmoe.swarm import Swarm
+from federation.client import LoRAFlightClient
 from federation.errors import FederationError
+from registry.digest import Digest
 from registry.errors import RegistryError
+from registry.manifest import Manifest
 from registry.store import Registry
+from registry.tensor import Tensor
 from tests.arrowmoe.tiny import bert_engine, card_for
+from tests.registry.cards import small_card, statistics
 
 TEXTS = ["w5 w9 w12", "w30"]
 
@@ -31,7 +37,7 @@ def test_an_engine_copies_a_peers_cards_and_routes_to_them(
 ) -> None:
     giver, taker = (bert_engine(registry) for registry in registries)
     giver.registry.publish(card_for(giver, tmp_path, "one", 0).describe(description="w5 w9 w12"))
-    taker.router = LoRARouter(TextFeaturizer(bert_engine()), threshold=0.99)
+    taker.router = LoRARouter(TextFeaturizer(bert_engine()), policy=Policy(threshold=0.99))
     with ExitStack() as stack:
         served = stack.enter_context(closing(giver.start_federation(discovery=False)))
         stack.enter_context(closing(taker.start_federation(discovery=False, peers=[served.address])))
@@ -58,6 +64,85 @@ def test_a_virtual_candidate_is_fetched_whole(registries: tuple[Registry, Regist
     assert here.entry("one").origin.peer_id == far.identity.id
     with pytest.raises(FederationError, match="no peer offers"):
         swarm.fetch("blake3:" + "0" * 64)
+
+
+@pytest.fixture
+def swarm(registries: tuple[Registry, Registry]) -> Iterator[Swarm]:
+    """The first registry's swarm; its only peer serves the second one."""
+    here, far = registries
+    with (
+        Swarm(far, name="far", discovery=False) as other,
+        Swarm(here, name="here", discovery=False, peers=[other.address]) as swarm,
+    ):
+        yield swarm
+
+
+def test_an_offers_statistics_come_without_its_weights_and_once(
+    registries: tuple[Registry, Registry], swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, far = registries
+    spec, tensors = statistics()
+    described = far.publish(small_card("described").with_routing(spec, tensors))
+    plain = far.publish(small_card("plain"))
+    calls = counted_fetches(monkeypatch)
+    assert swarm.statistics(described.digest) is None, "nobody looked yet"
+    for _ in range(2):
+        swarm.look()
+        found = swarm.statistics(described.digest)
+        assert found is not None
+        assert found[0] == spec
+        assert {tensor.name: bytes(tensor.data) for tensor in found[1]} == {t.name: bytes(t.data) for t in tensors}
+        assert swarm.statistics(plain.digest) is None
+    assert calls == [described.digest]
+    assert not here.digests()
+    far.remove("described")
+    swarm.look()
+    assert swarm.statistics(described.digest) is None
+
+
+def test_a_peer_that_fails_gives_no_statistics_until_the_next_look(
+    registries: tuple[Registry, Registry],
+    swarm: Swarm,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    entry = registries[1].publish(small_card("described").with_routing(*statistics()))
+    swarm.look()
+    path = registries[1].path_of(entry.digest)
+    whole = path.read_bytes()
+    path.chmod(0o600)
+    path.write_bytes(b"no arrow at all")
+    calls = counted_fetches(monkeypatch)
+    for _ in range(2):
+        assert swarm.statistics(entry.digest) is None
+    assert calls == [entry.digest]
+    assert caplog.text.count("statistics_not_fetched") == 1
+    path.write_bytes(whole)
+    swarm.look()
+    assert swarm.statistics(entry.digest) is not None
+
+
+def test_a_peer_that_claims_statistics_of_a_card_without_any(
+    registries: tuple[Registry, Registry], swarm: Swarm
+) -> None:
+    entry = registries[1].publish(small_card("plain"))
+    swarm.look()
+    offer = swarm.offers[entry.digest]
+    swarm.offers = {entry.digest: replace(offer, entry=replace(offer.entry, has_statistics=True))}
+    assert swarm.statistics(entry.digest) is None
+
+
+def counted_fetches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The digests whose statistics a client asks for from now on."""
+    calls: list[str] = []
+    fetch = LoRAFlightClient.fetch_statistics
+
+    def counted(client: LoRAFlightClient, digest: Digest) -> tuple[Manifest, tuple[Tensor, ...]]:
+        calls.append(digest)
+        return fetch(client, digest)
+
+    monkeypatch.setattr(LoRAFlightClient, "fetch_statistics", counted)
+    return calls
 
 
 def test_what_is_missing_is_said(registries: tuple[Registry, Registry]) -> None:

@@ -19,7 +19,8 @@ class Liar(flight.FlightServerBase):
     def __init__(self, card: LoRACard) -> None:
         self.card = card
         self.header: Callable[[], Iterator[Any]] = lambda: header(self.card)
-        self.tensor_bytes: Callable[[], Iterator[Any]] = lambda: tensor_bytes(self.card)
+        self.asked: list[bytes] = []
+        self.tensor_bytes: Callable[[], Iterator[Any]] = lambda: part_of(self.card, self.asked[-1])
         self.results: dict[str, Callable[[], Iterator[bytes]]] = {
             wire.ACTION_HEALTH: lambda: iter([wire.encode_health(health())]),
             wire.ACTION_INVENTORY: lambda: wire.encode_inventory([entry_of(card)]),
@@ -33,6 +34,7 @@ class Liar(flight.FlightServerBase):
         return f"127.0.0.1:{self.port}"
 
     def do_action(self, context: Any, action: flight.Action) -> Iterator[bytes]:
+        self.asked.append(action.body.to_pybytes())
         return self.results[action.type]()
 
 
@@ -47,6 +49,18 @@ def tensor_bytes(card: LoRACard) -> Iterator[bytes]:
     """A card's tensor bytes, one message for each tensor."""
     for tensor in card.tensors:
         yield bytes(tensor.data)
+
+
+def part_of(card: LoRACard, body: bytes) -> Iterator[bytes]:
+    """What the request in `body` asks for of a card's tensor bytes, at most one message for each tensor."""
+    request = wire.decode_card_request(body)
+    end = card.nbytes if request.nbytes is None else request.offset + request.nbytes
+    position = 0
+    for data in tensor_bytes(card):
+        part = data[max(0, request.offset - position) : max(0, end - position)]
+        position += len(data)
+        if part:
+            yield part
 
 
 def health(**changes: Any) -> wire.Health:
@@ -65,5 +79,6 @@ def entry_of(card: LoRACard, **changes: Any) -> wire.InventoryEntry:
         "fingerprint": manifest.base.fingerprint,
         "rank": manifest.adapter.rank,
         "nbytes": card.nbytes,
+        "has_statistics": manifest.routing is not None,
     }
     return wire.InventoryEntry(**(fields | changes))

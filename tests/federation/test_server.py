@@ -126,19 +126,31 @@ def test_health_says_when_the_cards_change(theirs: Registry, server: LoRAFlightS
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4 << 20, (4 << 20) + 5, 1 << 40])
+@pytest.mark.parametrize("nbytes", [None, 0, 1, 4 << 20, (4 << 20) + 7, 1 << 40])
 def test_tensors_leave_as_one_run_of_bytes_from_any_offset(
-    theirs: Registry, raw: flight.FlightClient, offset: int
+    theirs: Registry, raw: flight.FlightClient, offset: int, nbytes: int | None
 ) -> None:
     card = small_card("large", modules=module_shapes(8, d_in=1 << 17, d_out=8))
     entry = theirs.publish(card)
-    request = json.dumps({"digest": entry.digest, "offset": offset}).encode()
+    request = json.dumps({"digest": entry.digest, "offset": offset, "nbytes": nbytes}).encode()
     messages = [result.body.to_pybytes() for result in raw.do_action(flight.Action("tensors", request))]
-    assert b"".join(messages) == b"".join(tensor.data for tensor in card.tensors)[offset:]
+    end = None if nbytes is None else offset + nbytes
+    assert b"".join(messages) == b"".join(tensor.data for tensor in card.tensors)[offset:end]
     assert all(0 < len(message) <= limits.TENSOR_CHUNK_BYTES for message in messages)
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{}", b'{"digest": "../../etc/passwd"}', b'{"digest": 5}', b"x" * 5000, b'{"offset": -1}']
+    "body",
+    [
+        b"",
+        b"{}",
+        b'{"digest": "../../etc/passwd"}',
+        b'{"digest": 5}',
+        b"x" * 5000,
+        b'{"digest": "blake3:%s", "offset": -1}' % (b"0" * 64),
+        b'{"digest": "blake3:%s", "nbytes": -1}' % (b"0" * 64),
+        b'{"digest": "blake3:%s", "nbytes": "1"}' % (b"0" * 64),
+    ],
 )
 @pytest.mark.parametrize("action", ["manifest", "tensors"])
 def test_a_request_for_a_card_that_is_none(raw: flight.FlightClient, action: str, body: bytes) -> None:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from hypothesis import strategies as st
 
 from registry.card import LoRACard
-from registry.manifest import AdapterSpec
+from registry.digest import digest_of
+from registry.manifest import AdapterSpec, RoutingSpec
 from registry.tensor import DType, Role, Tensor
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -95,6 +96,34 @@ def small_card(
         base_architecture=base_architecture,
         **{"created": CREATED, **about},
     )
+
+
+def statistics(
+    *, seed: int = 0, prototypes: int = 3, dimension: int = 4, sketch: int = 2, calibration: int = 5
+) -> tuple[RoutingSpec, tuple[Tensor, ...]]:
+    """Random statistics for the router, and what describes them."""
+    generator = np.random.default_rng(seed)
+    tensors = [
+        Tensor.from_numpy(
+            "routing.prototypes", Role.STATS, generator.standard_normal((prototypes, dimension)).astype(np.float16)
+        ),
+        Tensor.from_numpy("routing.counts", Role.STATS, np.full(prototypes, 8, np.float32)),
+    ]
+    if sketch:
+        values = generator.standard_normal((sketch, dimension)).astype(np.float16)
+        tensors.append(Tensor.from_numpy("routing.sketch", Role.STATS, values))
+    if calibration:
+        scores = generator.standard_normal(calibration, dtype=np.float32)
+        tensors.append(Tensor.from_numpy("routing.calibration", Role.STATS, scores))
+    spec = RoutingSpec(
+        embedder="tiny-embedder",
+        dimension=dimension,
+        probe=digest_of(b"probe"),
+        count=8 * prototypes,
+        calibration=calibration,
+        min_prompts=8,
+    )
+    return spec, tuple(tensors)
 
 
 _names = st.from_regex(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,20}[A-Za-z0-9])?", fullmatch=True)

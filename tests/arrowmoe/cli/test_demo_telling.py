@@ -19,8 +19,8 @@ ANSWERED = demo.Answered(
     expected="card",
     card="card",
     nearest="card",
-    score=0.5,
-    threshold=0.3,
+    fit=0.5,
+    asked=0.05,
     bare="before",
     answer="after",
 )

@@ -1,9 +1,8 @@
-"""The router on vectors chosen by hand: cosine, threshold, top-k, masks, coming and going, virtual candidates."""
+"""The router over statistics and words: acceptance, modes, masks, opinions, coming and going, virtual candidates."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,104 +11,121 @@ from hypothesis import strategies as st
 
 from arrowmoe.errors import GateError, RoutingError
 from arrowmoe.features import Features, TextFeaturizer
-from arrowmoe.routing import Gates, LoRARouter
-from arrowmoe.routing.index import PrototypeIndex
+from arrowmoe.routing import Gates, LoRARouter, Opinion, Policy
+from tests.arrowmoe.routing.topics import TOPICS, Card, Topics, prompts, router, statistics
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    digest: str
-    name: str = "card"
-    base_name: str | None = "base"
-    description: str = ""
-    examples: tuple[str, ...] = ()
+@pytest.fixture
+def routes() -> LoRARouter:
+    """east and north by statistics, west by its words and for another base."""
+    made = router()
+    made.register_card(Card(digest="d0", name="east"), statistics(made, "east"))
+    made.register_card(Card(digest="d1", name="north"), statistics(made, "north"))
+    made.register_card(Card(digest="d2", name="west", examples=("west 1", "west 2"), base_name="other"))
+    return made
 
 
-class Angles:
-    """An embedder whose texts are angles in degrees."""
-
-    name = "angles"
-
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        radians = np.deg2rad([float(text) for text in texts])
-        return 3 * np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+def test_prompts_go_to_the_card_they_are_for(routes: LoRARouter) -> None:
+    for topic in ("east", "north", "west"):
+        gates = routes.route_texts(prompts(topic, 20, first=500))
+        chosen = [gates.attribution(row) for row in range(20)]
+        assert sum(one == {topic: 1.0} for one in chosen) >= 17
+        assert all(one in ({topic: 1.0}, {}) for one in chosen)
 
 
-def router(**settings: object) -> LoRARouter:
-    routes = LoRARouter(TextFeaturizer(Angles()), **{"threshold": 0.5, **settings})
-    routes.register_card(Card(digest="d0", name="east", description="0", examples=("20",)))
-    routes.register_card(Card(digest="d1", name="north", description="90"))
-    routes.register_card(Card(digest="d2", name="west", description="180", base_name="other"))
-    return routes
+def test_what_fits_nothing_abstains_and_says_what_was_asked(routes: LoRARouter) -> None:
+    gates = routes.route_texts(["south 3", "something else"])
+    for decision in gates.decisions:
+        assert decision.abstained
+        assert "no card fits: the nearest," in decision.why
+        assert decision.candidates, "the candidates are shown all the same"
+    assert gates.adapters == ()
 
 
-def test_the_nearest_prototype_decides() -> None:
-    gates = router().route_texts(["30", "80", "250"])
-    assert [gates.attribution(row) for row in range(3)] == [{"east": 1.0}, {"north": 1.0}, {}]
-    best = gates.decisions[0].candidates[0]
-    assert (best.name, best.nearest) == ("east", "20")
-    assert best.score == pytest.approx(np.cos(np.deg2rad(10)))
+def test_it_says_by_what_a_card_was_judged(routes: LoRARouter) -> None:
+    east, west = routes.route_texts(["east 7", "west 7"]).decisions
+    assert (east.candidates[0].evidence, west.candidates[0].evidence) == ("statistics", "examples")
+    assert east.p_value == east.candidates[0].p_value
+    assert east.p_value is not None
+    assert "prototype" in east.candidates[0].nearest
+    assert (west.p_value, west.candidates[0].nearest) in ((None, "west 1"), (None, "west 2"))
 
 
-def test_what_fits_nothing_abstains_and_says_why() -> None:
-    (decision,) = router().route_texts(["270"]).decisions
-    assert decision.abstained
-    assert "no card fits" in decision.why
-    assert decision.candidates, "the candidates are shown all the same"
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5])
+def test_a_card_refuses_the_share_of_its_own_prompts_that_was_asked(routes: LoRARouter, alpha: float) -> None:
+    gates = routes.route(routes.features(prompts("north", 600, first=50_000)), mask={"d1"}, policy=Policy(alpha=alpha))
+    refused = np.mean([decision.abstained for decision in gates.decisions])
+    # 200 calibration prompts and 600 asked: five standard deviations of both.
+    assert abs(refused - alpha) < 5 * np.sqrt(alpha * (1 - alpha) * (1 / 200 + 1 / 600))
+
+
+def test_p_values_do_not_depend_on_who_else_is_there(routes: LoRARouter) -> None:
+    before = [one.p_value for one in routes.route_texts(prompts("east", 9), base="base").decisions]
+    routes.unregister("d1")
+    routes.register_card(Card(digest="d9", name="south"), statistics(routes, "south"))
+    assert [one.p_value for one in routes.route_texts(prompts("east", 9), base="base").decisions] == before
+
+
+def test_too_few_calibration_prompts_for_alpha_leave_the_words_threshold() -> None:
+    made = router(Policy(alpha=0.001))
+    made.register_card(Card(digest="d0", name="east"), statistics(made, "east"))
+    inside, outside = made.route_texts(["east 7", "south 7"]).decisions
+    assert (inside.p_value, outside.p_value) == (None, None)
+    assert (inside.abstained, outside.abstained) == (False, True)
 
 
 def test_no_cards_at_all_abstains() -> None:
-    gates = LoRARouter(TextFeaturizer(Angles())).route_texts(["0", "1"])
+    gates = router().route_texts(["east 0", "x"])
     assert gates.adapters == ()
     assert all(decision.abstained for decision in gates.decisions)
 
 
-def test_top_k_weights_are_the_softmax_of_the_scores() -> None:
-    gates = router(top_k=2, temperature=0.25).route_texts(["50"])
-    scores = np.cos(np.deg2rad([30, 40]))
-    expected = np.exp(scores / 0.25) / np.exp(scores / 0.25).sum()
-    found = gates.attribution(0)
-    assert found == pytest.approx({"east": expected[0], "north": expected[1]})
+def test_soft_weights_are_the_softmax_of_the_scores(routes: LoRARouter) -> None:
+    policy = Policy(mode="soft", temperature=20.0, alpha=0.0)
+    gates = routes.route(routes.features(["east 7"]), mask={"d0", "d1"}, policy=policy)
+    scores = np.array([candidate.score for candidate in gates.decisions[0].candidates])
+    expected = np.exp((scores - scores.max()) / 20.0)
+    found = [gates.attribution(0).get(candidate.name, 0.0) for candidate in gates.decisions[0].candidates]
+    np.testing.assert_allclose(found, expected / expected.sum(), atol=1e-6)
 
 
-def test_top_k_never_takes_a_card_below_the_threshold() -> None:
-    assert router(top_k=3).route_texts(["0"]).attribution(0) == {"east": 1.0}
+@pytest.mark.parametrize("mode", ["top2", "soft", "threshold"])
+def test_no_mode_uses_a_card_that_refuses(routes: LoRARouter, mode: str) -> None:
+    policy = Policy(mode=mode, temperature=1000.0)
+    gates = routes.route(routes.features(["east 7"]), mask={"d0", "d1"}, policy=policy)
+    assert gates.attribution(0) == {"east": 1.0}
 
 
-def test_only_cards_of_the_base_are_chosen() -> None:
-    routes = router()
-    assert routes.route_texts(["180"], base="base").decisions[0].abstained
-    assert routes.route_texts(["180"], base="hub/Other").attribution(0) == {"west": 1.0}
+def test_only_cards_of_the_base_are_chosen(routes: LoRARouter) -> None:
+    assert routes.route_texts(["west 1"], base="base").decisions[0].abstained
+    assert routes.route_texts(["west 1"], base="hub/Other").attribution(0) == {"west": 1.0}
 
 
-def test_a_card_without_a_base_is_never_chosen_for_one() -> None:
-    routes = router()
-    routes.register_card(Card(digest="d7", name="nowhere", description="270", base_name=None))
-    assert routes.route_texts(["270"], base="base").decisions[0].abstained
-    assert routes.route_texts(["270"]).attribution(0) == {"nowhere": 1.0}
+def test_a_card_without_a_base_is_never_chosen_for_one(routes: LoRARouter) -> None:
+    routes.register_card(Card(digest="d7", name="nowhere", examples=("south 1",), base_name=None))
+    assert routes.route_texts(["south 1"], base="base").decisions[0].abstained
+    assert routes.route_texts(["south 1"]).attribution(0) == {"nowhere": 1.0}
 
 
-def test_a_mask_leaves_cards_out() -> None:
-    routes = router()
-    gates = routes.route(routes.features(["10"]), mask={"d1"})
+def test_a_mask_leaves_cards_out(routes: LoRARouter) -> None:
+    gates = routes.route(routes.features(["east 1"]), mask={"d1"})
     assert {candidate.name for candidate in gates.decisions[0].candidates} == {"north"}
 
 
-def test_a_card_that_left_is_not_chosen_and_may_come_back() -> None:
-    routes = router()
+def test_a_card_that_left_is_not_chosen_and_may_come_back(routes: LoRARouter) -> None:
     assert routes.unregister("d0")
     assert not routes.unregister("d0")
-    assert routes.route_texts(["10"]).decisions[0].abstained
-    routes.register_card(Card(digest="d0", name="east", description="10"))
-    assert routes.route_texts(["10"]).attribution(0) == {"east": 1.0}
+    assert routes.route_texts(["east 1"]).decisions[0].abstained
+    routes.register_card(Card(digest="d0", name="east", examples=("east 1",)))
+    assert routes.route_texts(["east 1"]).attribution(0) == {"east": 1.0}
 
 
-def test_a_virtual_candidate_is_chosen_and_named_and_becomes_real() -> None:
-    routes = router()
-    far = Card(digest="d9", name="south", description="270")
-    routes.register_virtual_candidate(far, source="node-b")
-    (decision,) = routes.route_texts(["260"]).decisions
-    assert (decision.candidates[0].virtual, decision.candidates[0].source) == (True, "node-b")
+def test_a_virtual_candidate_is_chosen_and_named_and_becomes_real(routes: LoRARouter) -> None:
+    far = Card(digest="d9", name="south")
+    routes.register_virtual_candidate(far, "node-b", statistics(routes, "south"))
+    (decision,) = routes.route_texts(["south 7"]).decisions
+    best = decision.candidates[0]
+    assert (best.name, best.evidence, best.virtual, best.source) == ("south", "statistics", True, "node-b")
     routes.register_card(far)
     assert not routes.is_virtual("d9")
     routes.register_virtual_candidate(far, source="node-b")
@@ -117,47 +133,84 @@ def test_a_virtual_candidate_is_chosen_and_named_and_becomes_real() -> None:
 
 
 def test_equal_scores_are_decided_by_digest() -> None:
-    routes = LoRARouter(TextFeaturizer(Angles()), threshold=0.5)
+    made = router()
     for digest in ("d7", "d3", "d5"):
-        routes.register_card(Card(digest=digest, name=digest, description="45"))
-    assert routes.route_texts(["45"]).adapters == ("d3",)
+        made.register_card(Card(digest=digest, name=digest, examples=("east 4",)))
+    assert made.route_texts(["east 4"]).adapters == ("d3",)
 
 
 def test_a_card_without_words_is_known_by_its_name() -> None:
-    routes = LoRARouter(TextFeaturizer(Angles()), threshold=0.5)
-    routes.register_card(Card(digest="d1", name="45"))
-    assert routes.route_texts(["40"]).attribution(0) == {"45": 1.0}
+    made = router()
+    made.register_card(Card(digest="d1", name="east-4"))
+    gates = made.route_texts(["east 4"])
+    assert gates.attribution(0) == {"east-4": 1.0}
+    assert gates.decisions[0].candidates[0].evidence == "name"
 
 
-def test_features_of_another_embedder_are_refused() -> None:
-    features = Features(texts=("x",), vectors=np.ones((1, 2), dtype=np.float32), embedder="other")
-    with pytest.raises(RoutingError, match="angles"):
-        router().route(features)
+def test_statistics_of_another_space_give_way_to_the_words() -> None:
+    made = router()
+    other = LoRARouter(TextFeaturizer(Topics(name="another")))
+    made.register_card(Card(digest="d1", name="east", examples=("east 1",)), statistics(other, "east"))
+    same_name = replace(statistics(made, "north"), check=(9.0,) * 16)
+    made.register_card(Card(digest="d2", name="north", description="north 1"), same_name)
+    assert [profile.evidence for profile in made.profiles().values()] == ["examples", "description"]
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 5), st.booleans()), max_size=60), st.integers(0, 99)
-)
-def test_any_history_of_arrivals_and_departures_scores_like_a_fresh_index(history: list, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    index, alive = PrototypeIndex(), {}
-    for key, count, leaves in history:
+def test_features_of_another_embedder_are_refused(routes: LoRARouter) -> None:
+    features = Features(texts=("x",), vectors=np.ones((1, 24), dtype=np.float32), embedder="other")
+    with pytest.raises(RoutingError, match="topics"):
+        routes.route(features)
+
+
+def test_a_prior_moves_the_score_by_its_log_odds(routes: LoRARouter) -> None:
+    features = routes.features(["east 7"])
+    plain = {one.name: one.score for one in routes.route(features, mask={"d0", "d1"}).decisions[0].candidates}
+    heard = routes.route(features, mask={"d0", "d1"}, opinions=[Opinion(card="north", confidence=0.8)]).decisions[0]
+    found = {one.name: one.score for one in heard.candidates}
+    assert found["north"] - plain["north"] == pytest.approx(np.log(0.8 / 0.2))
+    assert found["east"] == plain["east"]
+    assert "prior" in heard.why
+
+
+def test_an_override_is_used_where_the_card_accepts(routes: LoRARouter) -> None:
+    gates = routes.route(routes.features(["east 7"]), opinions=[Opinion(card="east", use="override")])
+    assert (gates.attribution(0), gates.decisions[0].mode) == ({"east": 1.0}, "override")
+
+
+def test_an_override_that_does_not_fit_is_vetoed_and_the_routers_own_two_best_are_used(routes: LoRARouter) -> None:
+    gates = routes.route(routes.features(["east 7"]), opinions=[Opinion(card="north", use="override")])
+    assert (gates.attribution(0), gates.decisions[0].mode) == ({"east": 1.0}, "top2")
+    assert "vetoed" in gates.decisions[0].why
+
+
+def test_opinions_and_policies_that_mean_nothing_are_refused(routes: LoRARouter) -> None:
+    with pytest.raises(RoutingError, match="east, north, west"):
+        routes.route(routes.features(["x"]), opinions=[Opinion(card="nobody")])
+    with pytest.raises(RoutingError, match="one opinion per row"):
+        routes.route(routes.features(["x"]), opinions=[None, None])
+    with pytest.raises(RoutingError, match="confidence"):
+        Opinion(card="east", confidence=1.0)
+    for wrong in ({"mode": "manual"}, {"mode": "best"}, {"alpha": 1.0}, {"temperature": 0.0}, {"max_experts": 9}):
+        with pytest.raises(RoutingError, match="expected"):
+            Policy(**wrong)
+
+
+@given(st.lists(st.tuples(st.sampled_from(TOPICS), st.booleans()), max_size=12))
+def test_any_history_of_arrivals_and_departures_routes_like_a_fresh_router(history: list[tuple[str, bool]]) -> None:
+    lived, alive = router(), {}
+    for topic, leaves in history:
         if leaves:
-            assert index.remove(key) == (alive.pop(key, None) is not None)
+            assert lived.unregister(topic) == (alive.pop(topic, None) is not None)
         else:
-            alive[key] = unit(random, count)
-            index.add(key, alive[key])
-    assert len(index) == len(alive)
-    if alive:
-        queries = unit(random, 3)
-        found = index.score(queries, list(alive))
-        expected = np.stack([(queries @ prototypes.T).max(axis=1) for prototypes in alive.values()], axis=1)
-        np.testing.assert_allclose(found.values, expected, atol=1e-6)
-
-
-def unit(random: np.random.Generator, count: int) -> np.ndarray:
-    vectors = random.standard_normal((count, 4)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+            alive[topic] = Card(digest=topic, name=topic, examples=tuple(prompts(topic, 3)))
+            lived.register_card(alive[topic])
+    fresh = router()
+    for card in alive.values():
+        fresh.register_card(card)
+    texts = [f"{topic} 99" for topic in TOPICS]
+    for one, other in zip(lived.route_texts(texts).decisions, fresh.route_texts(texts).decisions, strict=True):
+        assert [c.name for c in one.candidates] == [c.name for c in other.candidates]
+        assert [c.score for c in one.candidates] == pytest.approx([c.score for c in other.candidates], rel=1e-6)
 
 
 def test_gates_of_a_subset_drop_what_it_does_not_use() -> None:
