@@ -41,12 +41,12 @@ def scatter(vectors: Vectors, labels: list[str]) -> Array:
 
 def test_each_label_gives_the_mean_and_number_of_its_prompts() -> None:
     random = np.random.default_rng(0)
-    vectors, labels = prompts(random, centres(random, 4, 12), 9)
+    vectors, labels = prompts(random, centres(random, 4, 12), 40)
     found = summary(vectors, labels)
     expected = [vectors[[label == str(index) for label in labels]].mean(axis=0) for index in range(4)]
     assert found.prototypes == pytest.approx(np.array(expected), abs=HALF)
-    assert found.counts.tolist() == [9] * 4
-    assert (found.count, found.dimension, found.embedder, found.probe) == (36, 12, EMBEDDER, PROBE_DIGEST)
+    assert found.counts.tolist() == [40] * 4
+    assert (found.count, found.dimension, found.embedder, found.probe) == (160, 12, EMBEDDER, PROBE_DIGEST)
     assert found.mean == pytest.approx(vectors.mean(axis=0), abs=HALF)
     apart = np.array(expected) - vectors.mean(axis=0)
     assert found.between().T @ found.between() == pytest.approx(apart.T @ apart / 4, abs=HALF)
@@ -122,13 +122,13 @@ def test_an_owner_may_let_single_examples_be_prototypes() -> None:
 
 def test_public_texts_are_prototypes_of_their_own_beside_private_means() -> None:
     random = np.random.default_rng(0)
-    vectors, labels = prompts(random, centres(random, 2, 6), 5)
+    vectors, labels = prompts(random, centres(random, 2, 6), 40)
     public = unit(random.standard_normal((3, 6)))
     found = summary(vectors, labels, public=public, min_prompts=4)
     assert found.prototypes[2:] == pytest.approx(public, abs=HALF)
-    assert found.counts.tolist() == [5, 5, 1, 1, 1]
+    assert found.counts.tolist() == [40, 40, 1, 1, 1]
     # The scatter adds up over cards by prompts, public ones too.
-    assert 13 * found.sketch.T @ found.sketch == pytest.approx(10 * scatter(vectors, labels), abs=13 * HALF)
+    assert 83 * found.sketch.T @ found.sketch == pytest.approx(80 * scatter(vectors, labels), abs=83 * HALF)
     only = summary(vectors[:0], public=public)
     assert (only.counts.tolist(), len(only.sketch)) == ([1, 1, 1], 0)
 
@@ -141,9 +141,18 @@ def test_the_budget_is_kept_and_used(budget: int, values: int) -> None:
     public = unit(random.standard_normal((4, 128)))
     found = summary(vectors, labels, public=public, budget_bytes=budget, calibration_values=values)
     found = calibrated(found, random.standard_normal(1000), values) if values else found
-    fullest = min(128, (budget - 7 * (256 + 4) - 4 * values) // 256)
+    of_prompts = (300 - 3) // 3
+    fullest = min(of_prompts, (budget - 7 * (256 + 4) - 4 * values) // 256)
     assert found.nbytes == 7 * (256 + 4) + 256 * fullest + 4 * values <= budget
     assert found.put_into(small_card()).manifest.routing == found.spec()
+
+
+@pytest.mark.parametrize(("each", "rank"), [(3, 0), (6, 1), (30, 9)])
+def test_a_sketch_has_one_direction_for_every_min_prompts_of_them(each: int, rank: int) -> None:
+    """With more, prototype and sketch together would give each of the prompts back."""
+    random = np.random.default_rng(0)
+    vectors, labels = prompts(random, centres(random, 1, 40), each)
+    assert len(summary(vectors, labels, min_prompts=3).sketch) == rank
 
 
 def test_prototypes_that_do_not_fit_the_budget_are_refused() -> None:
