@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from arrowmoe.request import Answer, ask
     from arrowmoe.routing import Candidate, Decision, Gates, LoRARouter, Opinion, Policy
     from arrowmoe.routing.acceptance import Prompts, describe
+    from arrowmoe.routing.by_weights import ByWeights
     from arrowmoe.routing.heads import MultiExpertRouter
     from arrowmoe.routing.mixed import MultiLoRAWithRouter
     from arrowmoe.routing.statistics import CardStatistics
@@ -52,6 +53,7 @@ __all__ = [
     "ArrowEngine",
     "ArrowMoEError",
     "BaseModel",
+    "ByWeights",
     "Candidate",
     "CardEntry",
     "CardError",
@@ -112,6 +114,7 @@ _NAMES_OF_MODULE = {
     "arrowmoe.node": ("Node", "serve"),
     "arrowmoe.routing": ("Candidate", "Decision", "Gates", "LoRARouter", "Opinion", "Policy"),
     "arrowmoe.routing.acceptance": ("Prompts", "describe"),
+    "arrowmoe.routing.by_weights": ("ByWeights",),
     "arrowmoe.routing.heads": ("MultiExpertRouter",),
     "arrowmoe.routing.mixed": ("MultiLoRAWithRouter",),
     "arrowmoe.routing.statistics": ("CardStatistics",),

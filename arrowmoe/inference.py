@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from arrowmoe.generation import Generation
     from arrowmoe.request import Answer
     from arrowmoe.routing import Gates, LoRARouter, Opinion, Policy
+    from arrowmoe.routing.by_weights import ByWeights
     from arrowmoe.routing.statistics import CardStatistics
 
 log = get_logger(__name__)
@@ -68,6 +69,7 @@ class Inference:
         if not route:
             self._router.set_exception(EngineError("no router is loaded", hint="load a base model with --base MODEL"))
         self._lock = threading.Lock()
+        self._weighers: dict[ArrowEngine, ByWeights] = {}
         self._indexed: tuple[set[Digest], set[Digest]] | None = None
         self.offers: Offers = {}
 
@@ -262,14 +264,35 @@ class Inference:
         for digest, offer in offers.items():
             if digest not in here and digest not in router:
                 router.register_virtual_candidate(offer.entry, offer.source, self._statistics_of_offer(offer))
+        self._judge_by_weights(router, wanted)
         log.info("router_indexed", cards=len(here), virtual=len(offers.keys() - here))
+
+    def _judge_by_weights(self, router: LoRARouter, here: Mapping[Digest, CardEntry]) -> None:
+        """Have the cards of which only the name is known judged by what they do to a prompt, on the engine they fit."""
+        silent = [entry for digest, entry in here.items() if router.profiles()[digest].evidence == "name"]
+        for engine in [future.result() for future in self._engines.values() if _is_ready(future)]:
+            fitting = [entry for entry in silent if entry.digest in router.for_base(engine.name)]
+            if fitting and engine not in self._weighers:
+                self._weighers[engine] = arrowmoe.ByWeights(engine)
+            if engine in self._weighers:
+                self._weighers[engine].keep([card for entry in fitting if (card := self._card(entry.digest))])
+        router.by_weights = tuple(self._weighers.values())
 
     def _statistics(self, digest: Digest) -> CardStatistics | None:
         """The statistics inside a card of the registry; None if it has none, or is damaged, which is logged."""
         try:
-            return arrowmoe.CardStatistics.of_card(self._registry.get(digest))
+            card = self._card(digest)
+            return None if card is None else arrowmoe.CardStatistics.of_card(card)
         except ArrowMoEError as error:
             log.warning("statistics_unusable", digest=digest, error=str(error))
+            return None
+
+    def _card(self, digest: Digest) -> LoRACard | None:
+        """A card of the registry; None if it is damaged or gone, which is logged."""
+        try:
+            return self._registry.get(digest)
+        except ArrowMoEError as error:
+            log.warning("card_unreadable", digest=digest, error=str(error))
             return None
 
     def _statistics_of_offer(self, offer: Offer) -> CardStatistics | None:
@@ -290,6 +313,10 @@ class Inference:
         for loaded in held:
             if loaded.digest not in here:
                 engine.remove_lora(loaded.digest)
+
+
+def _is_ready(future: Future[ArrowEngine]) -> bool:
+    return future.done() and future.exception() is None
 
 
 def logical_name(model: str) -> str:

@@ -79,6 +79,9 @@ class RouterSettings(BaseModel):
     threshold: float = Field(default=0.30, ge=-1, le=1, description="least cosine for a card that is not calibrated")
     temperature: float = Field(default=8.0, gt=0, le=1000, description="nats by which the weights of several soften")
     least_share: float = Field(default=0.3, gt=0, le=1, description="least weight of a card in mode threshold")
+    least_z: float = Field(
+        default=3.0, ge=0, le=100, description="least z-score for a card that is judged by its weights alone"
+    )
     max_experts: int = Field(default=4, ge=1, le=8, description="most cards in mode threshold")
 
 

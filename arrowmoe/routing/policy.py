@@ -19,7 +19,8 @@ class Policy:
     """How scores become gates.
 
     A calibrated card is used where the prompt's p-value among its own prompts is at least `alpha`, the share of its own
-    prompts that are then refused; any other card where the cosine with its nearest text is at least `threshold`.
+    prompts that are then refused; any other card where the cosine with its nearest text is at least `threshold`; one
+    that is judged by its weights alone where it moves the prompt `least_z` deviations further than is usual for it.
     Several cards share by the softmax of their scores (nats) over `temperature`; in mode `threshold` those with a share
     of at least `least_share`, at most `max_experts`.
     """
@@ -29,6 +30,7 @@ class Policy:
     threshold: float = 0.30
     temperature: float = 8.0
     least_share: float = 0.3
+    least_z: float = 3.0
     max_experts: int = 4
 
     def __post_init__(self) -> None:

@@ -39,6 +39,13 @@ class Router(Protocol):
         """Gates with one row per row of `features`; `mask` are the digests that may be chosen, None is all."""
 
 
+class WeightScorer(Protocol):
+    """Judges cards by their weights, where they say nothing else of themselves."""
+
+    def best(self, text: str, mask: Collection[str] | None) -> tuple[str, float] | None:
+        """Digest and z-score of the card that `text` concerns most, among those in `mask`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     """One prompt on its way: its candidates best first, and the mode that decides."""
@@ -58,6 +65,8 @@ class LoRARouter:
         self._probe: Probe | None = None
         self._cards: ClosedForm | None = None
         self._profiles: dict[str, Profile] = {}
+        self.by_weights: Sequence[WeightScorer] = ()
+        """Asked, in turn, about prompts that no card accepts."""
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -145,6 +154,9 @@ class LoRARouter:
             if opinions:
                 rows = [self._heard(*row, mask, policy) for row in zip(rows, x, opinions, strict=True)]
             rows = self._asked(rows, x, policy)
+            if self.by_weights:
+                asked = zip(rows, features.texts, strict=True)
+                rows = [self._weighed(row, text, mask, policy) for row, text in asked]
         return self._decided(rows, policy)
 
     def _register(
@@ -175,6 +187,19 @@ class LoRARouter:
             virtual=profile.virtual,
             source=profile.source,
         )
+
+    def _weighed(self, row: _Row, text: str, mask: Collection[str] | None, policy: Policy) -> _Row:
+        """The row, led by the card whose weights concern the prompt most, if every other refuses it."""
+        if any(self._accepts(candidate, policy) for candidate in row.candidates):
+            return row
+        found = [best for scorer in self.by_weights if (best := scorer.best(text, mask)) is not None]
+        found = [(digest, z) for digest, z in found if digest in self._profiles]
+        if not found:
+            return row
+        digest, z = max(found, key=lambda one: one[1])
+        weighed = replace(self._candidate(digest, z, 0), evidence="weights", nearest="")
+        others = [candidate for candidate in row.candidates if candidate.digest != digest]
+        return replace(row, candidates=(weighed, *others)[:CONSIDERED], mode="top1")
 
     def _heard(
         self, row: _Row, x: Array, opinion: Opinion | None, mask: Collection[str] | None, policy: Policy
@@ -234,6 +259,8 @@ class LoRARouter:
 
     @staticmethod
     def _accepts(candidate: Candidate, policy: Policy) -> bool:
+        if candidate.evidence == "weights":
+            return candidate.score >= policy.least_z
         if candidate.p_value is not None:
             return candidate.p_value >= policy.alpha
         return candidate.cosine is not None and candidate.cosine >= policy.threshold
@@ -289,11 +316,14 @@ def _reason(row: _Row, weights: Mapping[str, float], policy: Policy) -> str:
     if not weights:
         return f"no card fits: the nearest, {_measured(row.candidates[0], policy)}"
     used = [candidate for candidate in row.candidates if candidate.digest in weights]
-    return f"{', '.join(_measured(one, policy) for one in used)}: it is near “{used[0].nearest}”"
+    near = f": it is near “{used[0].nearest}”" if used[0].nearest else ""
+    return ", ".join(_measured(one, policy) for one in used) + near
 
 
 def _measured(candidate: Candidate, policy: Policy) -> str:
     """A card and how well it fits, beside what was asked."""
+    if candidate.evidence == "weights":
+        return f"{candidate.name} by its weights, z {candidate.score:.1f} (asked {policy.least_z:g})"
     if candidate.p_value is not None:
         return f"{candidate.name} p {candidate.p_value:.3f} (asked {policy.alpha:g})"
     return f"{candidate.name} by its {candidate.evidence} {candidate.cosine or 0:.2f} (asked {policy.threshold:.2f})"
