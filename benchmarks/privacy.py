@@ -133,14 +133,12 @@ class Attack:
         return {name: _shape(victims) | self._all_scores(victims) for name, victims in arms.items()}
 
     def by_rank(self) -> dict[str, Figures]:
-        """Default cards whose sketch is cut to its strongest directions."""
-        whole = self._victims(MEMBERS, None)
-        rows = {}
+        """Default cards with a sketch of each rank, also of more than `describe` allows."""
+        victims, rows = self._victims(MEMBERS, None), {}
         for rank in RANKS:
-            cut = [
-                replace(one, statistics=replace(one.statistics, sketch=one.statistics.sketch[:rank])) for one in whole
-            ]
-            rows[str(rank)] = self._membership("sketch", cut, inside_sketch) | self._membership("fit", cut, self._fit)
+            cards = [self._sketched(victim, rank) for victim in victims]
+            rows[str(rank)] = self._membership("sketch", cards, inside_sketch)
+            rows[str(rank)] |= self._membership("fit", cards, self._fit)
         return rows
 
     def by_calibration(self) -> dict[str, Figures]:
@@ -194,6 +192,13 @@ class Attack:
         prompts = Prompts(vectors=self._vectors[victim.members], held_out=self._vectors[extra])
         statistics = describe(prompts, self._probe, min_prompts=MIN_PROMPTS, budget_bytes=MAX_STATISTICS_BYTES)
         return Victim(members=extra if held_out else victim.members, strangers=strangers, statistics=statistics)
+
+    def _sketched(self, victim: Victim, rank: int) -> Victim:
+        """The card with the `rank` strongest directions of its prompts around their nearest prototypes."""
+        x, prototypes = self._corpus.vectors[victim.members], victim.statistics.prototypes
+        _, lengths, axes = np.linalg.svd(x - prototypes[distances(x, prototypes).argmin(axis=1)], full_matrices=False)
+        sketch = (lengths[:, None] * axes)[:rank] / np.sqrt(len(x))
+        return replace(victim, statistics=replace(victim.statistics, sketch=sketch))
 
     def _summary(self, rows: Rows, labels: Sequence[str] | None = None, m: int = MIN_PROMPTS) -> CardStatistics:
         """As `describe` makes them, with room for the calibration that it adds."""

@@ -33,15 +33,19 @@ Logits = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Prompts of each card that Stage 1 sees (`shots`) and that validate, batches, and the stages' own settings."""
+    """Prompts of each card that Stage 1 sees (`shots`) and that validate, batches, and the stages' own settings.
+
+    Stage 2 trains on prompts of at most `longest` characters, for a batch computes all rows to the length of one.
+    """
 
     layer: int = 4
     shots: int = 10
     validation: int = 8
-    batch_size: int = 16
+    batch_size: int = 12
+    longest: int = 48
     stage1: Stage1 = field(default_factory=lambda: Stage1(steps=200, validation_share=0.2))
     stage2: Stage2 = field(
-        default_factory=lambda: Stage2(learning_rate=2e-3, steps=24, entropy_weight=0.03, kl_weight=0.1, look_every=6)
+        default_factory=lambda: Stage2(learning_rate=2e-3, steps=24, entropy_weight=0.03, kl_weight=0.1, look_every=8)
     )
     planted: float = 8.0
     rescue: Stage2 = field(
@@ -83,10 +87,11 @@ class _Lab:
         self._base, self._experts, self._settings, self._manager = base, experts, settings, manager
         self._featurizer = HiddenFeaturizer(base, layer=settings.layer)
         self._asked = self._features(prompts)
-        self._train = [row for expert in experts for row in expert.train]
+        self._train = [row for expert in experts for row in expert.train if len(row.text) <= settings.longest]
         shots = [row for expert in experts for row in _some(expert.train, settings.shots)]
         self._shots, self._labels = self._features([prompt_of(row) for row in shots]), self._columns(shots)
         held = [row for expert in experts for row in _some(expert.val, settings.validation)]
+        held.sort(key=lambda row: len(row.text))
         size = settings.batch_size
         self._validation = [batch_of(base, held[start : start + size]) for start in range(0, len(held), size)]
 

@@ -27,6 +27,8 @@ from arrowmoe.lora.manager import make_slot, match_modules
 from registry.card import LoRACard
 
 BATCH_ROWS = 32
+ROUNDING = 1e-5
+"""Norms that differ by less, relatively, do not differ."""
 
 Matrices = Mapping[str, Tensor]
 
@@ -78,7 +80,7 @@ class SpectralScorer:
             for (digest, own), column in zip(matrices.items(), norms.unbind(dim=1), strict=True)
         }
         for digest, entry in entries.items():
-            if entry.deviation == 0:
+            if entry.deviation <= ROUNDING * entry.mean:
                 raise RoutingError(
                     f"card {names[digest]!r} moves all probe texts alike, so its weights do not say what it is for",
                     hint="describe the card or give it examples; only linear modules that were trained can be read",

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from arrowmoe.routing import Policy
-from arrowmoe.routing.by_weights import PROBE_TEXTS, ByWeights
-from arrowmoe.routing.probe import sentences
+from arrowmoe.routing import Policy, by_weights
+from arrowmoe.routing.by_weights import ByWeights
 from arrowmoe.routing.spectral import SpectralScorer
 from tests.arrowmoe import tiny
 from tests.arrowmoe.routing.topics import Card, router, statistics
@@ -56,10 +56,14 @@ def test_weights_are_not_asked_where_a_card_accepts_or_the_mask_forbids() -> Non
     assert routes.route(routes.features(["south 1"]), mask={"d0"}).decisions[0].abstained
 
 
-def test_on_an_engine_it_is_the_spectral_score_of_the_bare_base(tmp_path: Path) -> None:
+def test_on_an_engine_it_is_the_spectral_score_of_the_bare_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = [f"w{index} w{63 - index}" for index in range(3, 40)]
+    monkeypatch.setattr(by_weights, "sentences", lambda: probe)
     engine = tiny.llama_engine()
     cards = [tiny.card_for(engine, tmp_path, name, seed) for seed, name in enumerate(("one", "two"))]
-    expected = SpectralScorer(tiny.llama_engine().base, cards, sentences()[:PROBE_TEXTS]).scores(["w5 w9"])[0]
+    expected = SpectralScorer(tiny.llama_engine().base, cards, probe).scores(["w5 w9"])[0]
     engine.load_lora(cards[0])
     weigher = ByWeights(engine)
     assert weigher.best("w5 w9", None) is None
