@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from arrowmoe import router_commands as router_commands
     from arrowmoe import router_training as router_training
     from arrowmoe import router_trials as router_trials
+    from arrowmoe import router_view as router_view
     from arrowmoe import views as views
     from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
     from arrowmoe.engine import ArrowEngine
@@ -133,7 +134,12 @@ _NAMES_OF_MODULE = {
     "registry.identity": ("Identity",),
     "registry.store": ("Registry",),
 }
-_LAZY_MODULES = frozenset({"inference", "operations", "router_commands", "router_training", "router_trials", "views"})
+_LAZY_MODULES = frozenset(
+    {
+        *("inference", "operations", "views"),
+        *("router_commands", "router_training", "router_trials", "router_view"),
+    }
+)
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}
 
 

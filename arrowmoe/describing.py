@@ -9,21 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from arrowmoe.base_model import same_base
 from arrowmoe.features import Features, Featurizer, Vectors
+from arrowmoe.router_view import newest
 from arrowmoe.routing.acceptance import Prompts, describe
 from arrowmoe.routing.dataset import RoutingDataError, RoutingExample, read_examples
-from arrowmoe.routing.generative import ROUTES
 from arrowmoe.routing.probe import Probe
 from arrowmoe.routing.statistics import MIN_PROMPTS, CardStatistics
 from arrowmoe.routing.texts import phrases
 from registry.card import LoRACard
 from registry.entries import CardEntry
-from registry.manifest import MAX_STATISTICS_BYTES, PROTOTYPES, SKETCH
+from registry.manifest import MAX_STATISTICS_BYTES
 from registry.store import Registry
 
 EMBEDDED_AT_ONCE = 256
@@ -100,32 +98,9 @@ class Describer:
         return self.featurizer.features(texts).vectors
 
 
-def summary(card: LoRACard) -> dict[str, Any] | None:
-    """What a card's manifest says of its statistics, as JSON; None if it has none. Reads no tensor."""
-    spec = card.manifest.routing
-    if spec is None:
-        return None
-    rows = {tensor.name: tensor.shape[0] for tensor in card.statistics.values()}
-    return {
-        "embedder": spec.embedder,
-        "probe": spec.probe,
-        "prompts": spec.count,
-        "min_prompts": spec.min_prompts,
-        "prototypes": rows[PROTOTYPES],
-        "sketch_rank": rows.get(SKETCH, 0),
-        "calibrated": spec.calibration,
-        "nbytes": sum(tensor.nbytes for tensor in card.statistics.values()),
-    }
-
-
 def indexed(registry: Registry, base: str | None = None) -> list[Indexed]:
-    """The newest version of each card, without cards that route themselves; `base` keeps those made for it."""
-    newest: dict[tuple[str, str | None], CardEntry] = {}
-    for entry in registry.list():  # newest first
-        if base is None or (entry.base_name is not None and same_base(entry.base_name, base)):
-            newest.setdefault((entry.name, entry.base_name), entry)
-    found = [Indexed(entry=entry, card=registry.get(entry.digest)) for entry in newest.values()]
-    return [one for one in found if ROUTES not in one.card.manifest.training]
+    """What a router chooses from: the newest version of each card; `base` keeps those that say they are for it."""
+    return [Indexed(entry=entry, card=card) for entry, card in newest(registry, base)]
 
 
 def read_prompts(path: Path, card: str) -> tuple[list[RoutingExample], int]:
@@ -169,5 +144,4 @@ __all__ = [
     "indexed",
     "read_dataset",
     "read_prompts",
-    "summary",
 ]

@@ -1,4 +1,4 @@
-"""What stands behind `skills describe` and `router fit|show`: the cards of a home described for routers, and shown.
+"""What stands behind `skills describe` and `router fit`: the cards of a home described for routers.
 
 All of it happens in the process that asks, node or no node: a running node sees new versions in the shared registry.
 Results are values that JSON can hold.
@@ -15,21 +15,17 @@ from typing import Any
 from arrowmoe.base_model import load_base_model
 from arrowmoe.describing import (
     Describer,
-    Indexed,
     Progress,
     RememberingFeaturizer,
-    indexed,
     read_dataset,
     read_prompts,
-    summary,
 )
 from arrowmoe.engine import ArrowEngine
 from arrowmoe.features import TextFeaturizer
-from arrowmoe.inference import logical_name
+from arrowmoe.router_view import summary
 from arrowmoe.routing.dataset import RoutingDataError, RoutingExample
 from arrowmoe.routing.policy import Policy
 from arrowmoe.routing.probe import Probe, measured
-from arrowmoe.routing.texts import phrases
 from arrowmoe.settings import Settings
 from registry.card import LoRACard
 from registry.entries import CardEntry
@@ -125,17 +121,6 @@ def fit(bench: Workbench, data: Path, how: Description) -> list[Json]:
     ]
 
 
-def show(registry: Registry, settings: Settings, *, base: str | None) -> Json:
-    """How the router is set, and what it goes by for each card. Loads no model."""
-    embedder = logical_name(settings.embedder)
-    cards = indexed(registry, None if base is None else logical_name(base))
-    return {
-        "embedder": embedder,
-        **settings.router.model_dump(),
-        "cards": [_shown(one, embedder) for one in cards],
-    }
-
-
 def _prompts(entry: CardEntry, file: Path | None) -> tuple[list[RoutingExample], int]:
     """The prompts that describe a card: those of the file, else the examples that the card shows."""
     if file is not None:
@@ -176,26 +161,6 @@ def _told(bench: Workbench, entry: CardEntry, card: LoRACard, *, prompts: int, h
     }
 
 
-def _shown(one: Indexed, embedder: str) -> Json:
-    found = summary(one.card)
-    entry = one.entry
-    return {
-        "digest": entry.digest,
-        "name": entry.name,
-        "version": entry.version,
-        "base_name": entry.base_name,
-        "evidence": "statistics" if found and found["embedder"] == embedder else _words(entry),
-        "statistics": found,
-    }
-
-
-def _words(entry: CardEntry) -> str:
-    """What a card without statistics of this embedder is routed to by."""
-    if any(text.strip() for text in entry.examples):
-        return "examples"
-    return "description" if phrases(entry.description) else "name"
-
-
 def _by_card(examples: Sequence[RoutingExample]) -> dict[str, list[RoutingExample]]:
     found: dict[str, list[RoutingExample]] = {}
     for example in examples:
@@ -204,4 +169,4 @@ def _by_card(examples: Sequence[RoutingExample]) -> dict[str, list[RoutingExampl
     return found
 
 
-__all__ = ["Description", "Json", "Workbench", "describe", "fit", "show", "undescribe"]
+__all__ = ["Description", "Json", "Workbench", "describe", "fit", "undescribe"]

@@ -77,9 +77,9 @@ def logistic(x: Vectors, classes: Names, l2: float) -> Scorer:
         optimiser.zero_grad()
         loss = nn.functional.cross_entropy(model(features), targets) + l2 / 2 * model.weight.square().sum()
         torch.autograd.backward(loss)
-        return float(loss)
+        return loss.item()
 
-    optimiser.step(closure)
+    optimiser.step(closure)  # type: ignore[no-untyped-call]  # torch types LBFGS loosely
     return _log_probabilities(model)
 
 

@@ -60,7 +60,7 @@ def show(context: typer.Context, base: Base = None) -> None:
     """Show how the router is set and what it goes by for each card; loads no model."""
     invocation = app_of(context)
     with invocation.registry() as registry:
-        found = arrowmoe.router_commands.show(registry, invocation.settings, base=base)
+        found = arrowmoe.router_view.show(registry, invocation.settings, base=base)
     invocation.out.result(
         found, lambda: _show_index(invocation, found), quiet=[card["name"] for card in found["cards"]]
     )

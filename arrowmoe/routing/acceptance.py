@@ -46,8 +46,8 @@ class Acceptance:
 
     def fit(self, x: Array) -> Array:
         """Rows (n, d) → fits (n,) in nats."""
-        inside, _ = self._card.log_density(x, self._own.solve(x))
-        outside, _ = self._whole.log_density(x, self._rest.solve(x))
+        inside, _ = self._card.log_density(self._own.whiten(x))
+        outside, _ = self._whole.log_density(self._rest.whiten(x))
         return inside - outside
 
     def p_values(self, x: Array) -> Array | None:

@@ -80,13 +80,16 @@ class _Pool:
 
     def outside(self, x: Array) -> Array:
         """Log density (n,) of rows under everything."""
-        values, _ = self._whole.log_density(x, self._rest.solve(x))
+        values, _ = self._whole.log_density(self._rest.whiten(x))
         return values
 
     def mixture(self, card: CardStatistics) -> Mixture:
         """The card's density."""
-        base = self.blended if len(card.sketch) else self.shared
-        return Mixture(card.prototypes, card.weights, np.sqrt(OWN_SHARE) * card.sketch, base)
+        return Mixture(card.prototypes, card.weights, np.sqrt(OWN_SHARE) * card.sketch, self.base(card))
+
+    def base(self, card: CardStatistics) -> Dense:
+        """What the card's density is over."""
+        return self.blended if len(card.sketch) else self.shared
 
 
 class ClosedForm:
@@ -147,11 +150,13 @@ class ClosedForm:
     def exact(self, x: Array, keys: Sequence[str]) -> list[RowScores]:
         """Scores of rows `x` for every card of `keys`."""
         pool = self._ready()
-        blended, outside = pool.blended.solve(x), pool.outside(x)
+        outside, white = pool.outside(x), dict[Dense, Array]()
         values, nearest = np.empty((len(x), len(keys))), np.empty((len(x), len(keys)), dtype=np.intp)
         for column, key in enumerate(keys):
-            solved = blended if len(self._cards[key].sketch) else pool.shared.solve(x)
-            inside, nearest[:, column] = self._mixture(key, pool).log_density(x, solved)
+            base = pool.base(self._cards[key])
+            if base not in white:
+                white[base] = base.whiten(x)
+            inside, nearest[:, column] = self._mixture(key, pool).log_density(white[base])
             values[:, column] = inside - outside
         return [RowScores(keys=tuple(keys), values=one, nearest=at) for one, at in zip(values, nearest, strict=True)]
 

@@ -9,8 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import cho_factor, cho_solve, cholesky, solve_triangular
-from scipy.special import logsumexp
+from scipy.linalg import cholesky, solve_triangular
 
 Array = npt.NDArray[np.float64]
 
@@ -22,8 +21,8 @@ class Base(Protocol):
     def logdet(self) -> float:
         """log det C."""
 
-    def solve(self, rows: Array) -> Array:
-        """C⁻¹ applied to each row: (n, d) → (n, d)."""
+    def whiten(self, rows: Array) -> Array:
+        """L⁻¹ applied to each row, where C = L Lᵀ: (n, d) → (n, d), in which C is the identity."""
 
 
 class Isotropic:
@@ -31,47 +30,48 @@ class Isotropic:
 
     def __init__(self, variance: float, dimension: int) -> None:
         self.logdet = dimension * float(np.log(variance))
-        self._variance = variance
+        self._deviation = np.sqrt(variance)
 
-    def solve(self, rows: Array) -> Array:
-        """Rows ÷ variance."""
-        return rows / self._variance
+    def whiten(self, rows: Array) -> Array:
+        """Rows ÷ standard deviation."""
+        return np.asarray(rows / self._deviation)
 
 
 class Dense:
     """C = a positive definite matrix (d, d), factorised once."""
 
     def __init__(self, covariance: Array) -> None:
-        self._factor = cho_factor(covariance, lower=True, check_finite=False)
-        self.logdet = 2 * float(np.log(np.diag(self._factor[0])).sum())
+        self._factor = cholesky(covariance, lower=True, check_finite=False)
+        self.logdet = 2 * float(np.log(np.diag(self._factor)).sum())
 
-    def solve(self, rows: Array) -> Array:
-        """C⁻¹ rows."""
-        solved: Array = cho_solve(self._factor, rows.T, check_finite=False).T
-        return solved
+    def whiten(self, rows: Array) -> Array:
+        """L⁻¹ rows."""
+        return solve_triangular(self._factor, rows.T, lower=True, check_finite=False).T
 
 
 class Mixture:
     """Σₖ wₖ N(μₖ, C + FᵀF) with `means` (k, d), `weights` (k,) that sum to 1, and `factor` F (r, d), r may be 0.
 
-    Solved with C alone and a matrix of r × r (Woodbury), so many mixtures over one base cost little each.
+    Solved with C's factor and a matrix of r × r (Woodbury), so many mixtures over one base cost little each.
     """
 
     def __init__(self, means: Array, weights: Array, factor: Array, base: Base) -> None:
-        solved = base.solve(factor)
-        inner = cholesky(np.eye(len(factor)) + solved @ factor.T, lower=True) if len(factor) else np.eye(0)
-        # Rows that a prompt is multiplied with: C⁻¹ μ, and the part of C⁻¹ that the factor takes back.
-        self._solved_means = base.solve(means)
-        self._back = solve_triangular(inner, solved, lower=True) if len(factor) else factor
-        self._means_back = means @ self._back.T
-        self._offset = (means * self._solved_means).sum(axis=1) - (self._means_back**2).sum(axis=1)
+        white = base.whiten(np.concatenate([means, factor]))
+        self._means, spread = white[: len(means)], white[len(means) :]
+        inner = cholesky(np.eye(len(factor)) + spread @ spread.T, lower=True, check_finite=False)
+        # In whitened space the precision is I − BᵀB.
+        self._back = solve_triangular(inner, spread, lower=True, check_finite=False)
+        self._means_back = self._means @ self._back.T
+        self._offset = (self._means**2).sum(axis=1) - (self._means_back**2).sum(axis=1)
         self._log_weights = np.log(weights)
         self.logdet = base.logdet + 2 * float(np.log(np.diag(inner)).sum())
 
-    def log_density(self, x: Array, solved: Array) -> tuple[Array, npt.NDArray[np.intp]]:
-        """Log density of rows `x` (n, d), given `solved` = C⁻¹ x; and the component nearest to each row."""
-        back = x @ self._back.T
-        own = (x * solved).sum(axis=1) - (back**2).sum(axis=1)
-        distances = own[:, None] + self._offset - 2 * (x @ self._solved_means.T - back @ self._means_back.T)
+    def log_density(self, white: Array) -> tuple[Array, npt.NDArray[np.intp]]:
+        """Log density of rows (n, d), given as `white` = base.whiten(rows); and the component nearest to each row."""
+        back = white @ self._back.T
+        own = (white**2).sum(axis=1) - (back**2).sum(axis=1)
+        distances = own[:, None] + self._offset - 2 * (white @ self._means.T - back @ self._means_back.T)
         values = self._log_weights - distances / 2
-        return logsumexp(values, axis=1) - self.logdet / 2, distances.argmin(axis=1)
+        peak = values.max(axis=1)  # scipy's logsumexp takes as long as all the rest here
+        sums = np.log(np.exp(values - peak[:, None]).sum(axis=1))
+        return peak + sums - self.logdet / 2, distances.argmin(axis=1)

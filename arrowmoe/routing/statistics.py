@@ -31,6 +31,10 @@ MOST_PROMPTS = 1_000_000
 """A card of more would take the others' digits along when it leaves the sums."""
 UNIT_SLACK = 0.01
 """What float16 may add to a length of 1."""
+PROMPTS_PER_DIRECTION = 3
+"""A sketch has one direction for so many times `min_prompts` prompts, unless that is 1."""
+STEPS_PER_QUARTILES = 16
+"""Calibration fits are rounded to so many steps between their quartiles, or each would name the prompt behind it."""
 CLUSTERED_PROMPTS = 4000
 """Ward's method takes memory quadratic in the prompts, so it looks at no more than these."""
 
@@ -189,8 +193,8 @@ def summarise(
             f"expected room for {len(prototypes)} prototypes ({spent} bytes) in {budget_bytes} bytes, and one at least",
             hint="raise the budget, or give fewer labels; a card needs prompts or a description",
         )
-    if min_prompts > 1:  # with the prototypes, more directions than that would give single prompts away
-        rank = min(rank, (len(x) - len(np.unique(groups))) // min_prompts)
+    if min_prompts > 1:  # with the prototypes, more directions would give single prompts away (docs/privacy.md)
+        rank = min(rank, (len(x) - len(np.unique(groups))) // (PROMPTS_PER_DIRECTION * min_prompts))
     found = CardStatistics(
         embedder=embedder,
         probe=probe,
@@ -206,7 +210,9 @@ def summarise(
 
 def calibrated(statistics: CardStatistics, fits: Array, values: int) -> CardStatistics:
     """With the fits (nats) of prompts that `statistics` were not computed from, as at most `values` quantiles."""
-    ascending = np.sort(fits)
+    low, high = np.quantile(fits, [0.25, 0.75])
+    step = float(high - low) / STEPS_PER_QUARTILES
+    ascending = np.sort(np.round(fits / step) * step if step else fits)
     if len(ascending) > values:
         ascending = np.quantile(ascending, np.linspace(0, 1, values))
     return replace(statistics, calibration=ascending, calibrated=len(fits)).rounded()

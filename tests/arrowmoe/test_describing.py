@@ -16,10 +16,10 @@ from arrowmoe.describing import (
     indexed,
     read_dataset,
     read_prompts,
-    summary,
 )
 from arrowmoe.errors import RoutingError
 from arrowmoe.features import Features
+from arrowmoe.router_view import summary
 from arrowmoe.routing.dataset import RoutingDataError, RoutingExample
 from arrowmoe.routing.generative import ROUTES
 from arrowmoe.routing.probe import Probe

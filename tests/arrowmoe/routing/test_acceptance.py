@@ -57,7 +57,7 @@ def test_the_fit_is_the_plain_formula(each: int, floor: float, rank: int) -> Non
     random, on = np.random.default_rng(each), probe(DIMENSION)
     card = card_of(random, DIMENSION, intents=3, each=each, rank=rank)
     x = unit(random.standard_normal((20, DIMENSION))).astype(np.float64)
-    assert len(card.sketch) == min(rank, each - 1)
+    assert len(card.sketch) == min(rank, (each - 1) // 3)
     assert Acceptance(card, on).fit(x) == pytest.approx(plain_fit(x, card, on, floor / DIMENSION), abs=1e-9)
 
 
