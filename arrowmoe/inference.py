@@ -22,7 +22,7 @@ from registry.digest import Digest
 from registry.entries import CardEntry
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
-from registry.manifest import RoutingSpec
+from registry.manifest import ROUTES, RoutingSpec
 from registry.store import Registry
 from registry.tensor import Tensor
 
@@ -252,15 +252,14 @@ class Inference:
         return router
 
     def _index(self, router: LoRARouter, here: set[Digest], offers: Offers) -> None:
-        newest: dict[tuple[str, str | None], CardEntry] = {}
-        for entry in self._registry.list():  # newest first; an older version is used by name only
-            newest.setdefault((entry.name, entry.base_name), entry)
-        wanted = {entry.digest: entry for entry in newest.values()}
+        wanted = {entry.digest: entry for entry in self._registry.newest()}  # older versions are used by name only
         for digest in router.digests() - wanted.keys() - offers.keys():
             router.unregister(digest)
         for digest, entry in wanted.items():
             if digest not in router or router.is_virtual(digest):
-                router.register_card(entry, self._statistics(digest))
+                card = self._card(digest)
+                if card is None or ROUTES not in card.manifest.training:  # a router is no expert
+                    router.register_card(entry, None if card is None else self._statistics(card))
         for digest, offer in offers.items():
             if digest not in here and digest not in router:
                 router.register_virtual_candidate(offer.entry, offer.source, self._statistics_of_offer(offer))
@@ -269,7 +268,8 @@ class Inference:
 
     def _judge_by_weights(self, router: LoRARouter, here: Mapping[Digest, CardEntry]) -> None:
         """Have the cards of which only the name is known judged by what they do to a prompt, on the engine they fit."""
-        silent = [entry for digest, entry in here.items() if router.profiles()[digest].evidence == "name"]
+        profiles = router.profiles()
+        silent = [entry for digest, entry in here.items() if digest in profiles and profiles[digest].evidence == "name"]
         for engine in [future.result() for future in self._engines.values() if _is_ready(future)]:
             fitting = [entry for entry in silent if entry.digest in router.for_base(engine.name)]
             if fitting and engine not in self._weighers:
@@ -278,13 +278,12 @@ class Inference:
                 self._weighers[engine].keep([card for entry in fitting if (card := self._card(entry.digest))])
         router.by_weights = tuple(self._weighers.values())
 
-    def _statistics(self, digest: Digest) -> CardStatistics | None:
-        """The statistics inside a card of the registry; None if it has none, or is damaged, which is logged."""
+    def _statistics(self, card: LoRACard) -> CardStatistics | None:
+        """The statistics inside a card; None if it has none, or none that can be used, which is logged."""
         try:
-            card = self._card(digest)
-            return None if card is None else arrowmoe.CardStatistics.of_card(card)
+            return arrowmoe.CardStatistics.of_card(card)
         except ArrowMoEError as error:
-            log.warning("statistics_unusable", digest=digest, error=str(error))
+            log.warning("statistics_unusable", card=card.name, error=str(error))
             return None
 
     def _card(self, digest: Digest) -> LoRACard | None:

@@ -6,11 +6,10 @@ from typing import Any
 
 from arrowmoe.base_model import same_base
 from arrowmoe.inference import logical_name
-from arrowmoe.routing.generative import ROUTES
 from arrowmoe.settings import Settings
 from registry.card import LoRACard
 from registry.entries import CardEntry
-from registry.manifest import PROTOTYPES, SKETCH
+from registry.manifest import PROTOTYPES, ROUTES, SKETCH
 from registry.store import Registry
 
 Json = dict[str, Any]
@@ -29,11 +28,12 @@ def show(registry: Registry, settings: Settings, *, base: str | None) -> Json:
 
 def newest(registry: Registry, base: str | None = None) -> list[tuple[CardEntry, LoRACard]]:
     """The newest version of each card that is no router; `base` keeps those that say they are for it."""
-    found: dict[tuple[str, str | None], CardEntry] = {}
-    for entry in registry.list():  # newest first
-        if base is None or (entry.base_name is not None and same_base(entry.base_name, base)):
-            found.setdefault((entry.name, entry.base_name), entry)
-    cards = [(entry, registry.get(entry.digest)) for entry in found.values()]
+    found = [
+        entry
+        for entry in registry.newest()
+        if base is None or (entry.base_name is not None and same_base(entry.base_name, base))
+    ]
+    cards = [(entry, registry.get(entry.digest)) for entry in found]
     return [(entry, card) for entry, card in cards if ROUTES not in card.manifest.training]
 
 

@@ -43,6 +43,9 @@ PROTOTYPES, COUNTS, SKETCH, CALIBRATION = (
 )
 """Names of the statistics' tensors, which `RoutingSpec` describes."""
 
+ROUTES = "routes"
+"""Where the `training` of a router's card keeps the names that it was trained to write."""
+
 _MAX_PATTERNS = 16_384
 
 
@@ -330,6 +333,7 @@ __all__ = [
     "MAX_MANIFEST_BYTES",
     "MAX_STATISTICS_BYTES",
     "PROTOTYPES",
+    "ROUTES",
     "SKETCH",
     "AdapterSpec",
     "BaseRef",

@@ -132,6 +132,13 @@ class Registry:
         """Entries by name, newest version first. `base`: a base model's name, architecture or fingerprint."""
         return self._catalog.list(name=name, base=base, tag=tag)
 
+    def newest(self) -> Entries:
+        """The newest version of each card: of each name, for each base model."""
+        found: dict[tuple[str, str | None], CardEntry] = {}
+        for entry in self.list():
+            found.setdefault((entry.name, entry.base_name), entry)
+        return [*found.values()]
+
     def search(self, text: str) -> Entries:
         """Entries with words of `text` in name, description, domains, examples or tags; most words first."""
         return self._catalog.search(text)

@@ -30,9 +30,8 @@ from arrowmoe.routing.policy import CONSIDERED
 from arrowmoe.routing.profile import Describable
 from evolution.fine_tuning import FineTuning, Pair, fine_tune
 from registry.card import LoRACard
+from registry.manifest import ROUTES
 
-ROUTES: Final = "routes"
-"""Where a router card's `training` keeps what it was trained to write: the names of cards, and "none" where it may."""
 MODE: Final = "generative"
 DEFAULT_THRESHOLD: Final = 0.5
 BATCH_ROWS: Final = 32

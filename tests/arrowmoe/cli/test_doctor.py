@@ -55,7 +55,7 @@ def test_another_owner_of_a_name_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_a_misspelt_variable_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARROWMOE_NAEM", "x")
-    monkeypatch.setenv("ARROWMOE_ROUTER__TOP_K", "2")
+    monkeypatch.setenv("ARROWMOE_ROUTER__MAX_EXPERTS", "2")
     monkeypatch.setenv("ARROWMOE_DEBUG", "0")
     assert by_name(cli("doctor", "--json").json)["variables"]["detail"] == "no such setting: ARROWMOE_NAEM"
 
