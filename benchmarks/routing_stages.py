@@ -47,9 +47,9 @@ class Settings:
     stage2: Stage2 = field(
         default_factory=lambda: Stage2(learning_rate=3e-4, steps=32, entropy_weight=0.03, kl_weight=0.1, look_every=8)
     )
-    planted: float = 8.0
+    planted: float = 16.0
     rescue: Stage2 = field(
-        default_factory=lambda: Stage2(learning_rate=1e-3, steps=40, entropy_weight=0.3, balance_weight=0.5)
+        default_factory=lambda: Stage2(learning_rate=1e-3, steps=40, entropy_weight=0.4, balance_weight=1.25)
     )
 
 

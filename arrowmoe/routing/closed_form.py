@@ -29,7 +29,7 @@ LEAST_VARIANCE, MOST_VARIANCE, FEW_PROMPTS = 0.6, 10.0, 100
 """λ in units of 1 / d: (FEW_PROMPTS / mean number of prompts per card)², within these bounds."""
 REST_VARIANCE = 1.5
 """λ of everything, in units of the cards' λ."""
-SHORTLIST = 24
+SHORTLIST = 32
 EXHAUSTIVE = 64
 """Up to so many cards every one is scored exactly; beyond, the SHORTLIST that the coarse index finds."""
 
