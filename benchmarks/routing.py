@@ -1,6 +1,6 @@
 """The closed-form router on CLINC150 and BANKING77, frozen all-MiniLM-L6-v2, against routers that are trained.
 
-    python -m benchmarks.routing [--cards 10000]
+    python -m benchmarks.routing [--only PART] [--cards 10000]
 
 Settings of the router were chosen on training and validation splits; test splits are read here, for the figures.
 `train` describes a card, `val` calibrates it, and chooses the regression's l2. Peers see all prompts in one place.
@@ -10,7 +10,7 @@ Three seeds draw the prompts of a cold start, an MLP's weights and batches, the 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from arrowmoe.features import Vectors
-from arrowmoe.routing.statistics import MAX_PROTOTYPES
+from arrowmoe.routing.statistics import MAX_PROTOTYPES, MIN_PROMPTS
 from benchmarks.harness import Op, Target, report
 from benchmarks.routing_data import Material, Names, Rows, material
 from benchmarks.routing_measures import (
@@ -40,6 +40,7 @@ from benchmarks.routing_peers import Learner, Peers, by_card, chosen_l2
 from benchmarks.routing_scale import churn, many_cards
 from registry.manifest import MAX_STATISTICS_BYTES
 
+PARTS = ("domains", "left_out", "banking77", "cold_start", "scale")
 SEEDS = (0, 1, 2)
 ALPHAS = (0.01, 0.05, 0.10)
 BUDGETS_KIB = (4, 8, 16, 32, 64)
@@ -64,16 +65,18 @@ def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=int, default=10_000, help="cards of the largest index (default 10000)")
-    cards = parser.parse_args().cards
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    arguments = parser.parse_args()
     found = material()
     l2 = chosen_l2(found.train.vectors, found.train.cards, found.val.vectors, found.val.cards)
-    parts = {
-        "domains": domains(found, l2),
-        "left_out": left_out(found, l2),
-        "banking77": banking(found, l2),
-        "cold_start": cold_start(found, l2),
-        "scale": scale(found, cards),
+    measures: dict[str, Callable[[], Part]] = {
+        "domains": lambda: domains(found, l2),
+        "left_out": lambda: left_out(found, l2),
+        "banking77": lambda: banking(found, l2),
+        "cold_start": lambda: cold_start(found, l2),
+        "scale": lambda: scale(found, arguments.cards),
     }
+    parts = {name: measures[name]() for name in PARTS if arguments.only in (None, name)}
     targets = [target for part in parts.values() for target in part.targets]
     figures = {name: rounded(part.figures) for name, part in parts.items()}
     print()
@@ -220,10 +223,12 @@ def gap_auroc(scores: Any, is_gap: Any) -> float:
 
 
 def banking(found: Material, l2: float) -> Part:
-    """BANKING77: 77 cards that lie close together."""
+    """BANKING77: 77 cards that lie close together; described by default, and with nothing to keep private."""
     part, train, test = Part(), found.banking_train, found.banking_test
-    form, names = router(described(train, found.probe)), np.unique(train.cards)
-    table = {OURS: {"accuracy": percent(decided(form, test.vectors)[0] == test.cards)}}
+    names, table = np.unique(train.cards), {}
+    for way, min_prompts in ((OURS, MIN_PROMPTS), (f"{OURS}, public prompts", 1)):
+        form = router(described(train, found.probe, min_prompts=min_prompts))
+        table[way] = {"accuracy": percent(decided(form, test.vectors)[0] == test.cards)}
     for peer, learn in Peers(l2).all().items():
         chosen = names[learn(train.vectors, train.cards)(test.vectors).argmax(axis=1)]
         table[peer] = {"accuracy": percent(chosen == test.cards)}

@@ -76,21 +76,22 @@ def many_cards(found: Material, number: int, seed: int) -> dict[str, float]:
 
     A decision factorises the cards of its shortlist that none before it looked at: so the first round of prompts.
     """
-    rng, before = np.random.default_rng(seed), resident_mb()
+    rng = np.random.default_rng(seed)
     cards = {f"{at}": one for at, one in enumerate(population(found, number, rng))}
     x = prompts_of(list(cards.values()), rng)
-    held = resident_mb()
+    before = resident_mb()
     form = router({key: one.card for key, one in cards.items()})
     ready_ms = milliseconds(lambda: form.score(x[:1]))
-    memory = resident_mb()
+    index_mb = resident_mb() - before
     first, again = ([milliseconds(partial(form.score, row[None])) for row in x] for _ in range(2))
     fast = [row.keys[row.values.argmax()] for row in form.score(x)]
     figures = {
         "cards": number,
         "statistics_mb": sum(one.card.nbytes for one in cards.values()) / 1e6,
-        "statistics_in_memory_mb": held - before,
-        "index_mb": memory - held,
-        "index_after_prompts_mb": resident_mb() - held,
+        "statistics_in_memory_mb": sum(one.card.prototypes.nbytes + one.card.sketch.nbytes for one in cards.values())
+        / 1e6,
+        "index_mb": index_mb,
+        "index_after_prompts_mb": resident_mb() - before,
         "first_decision_ms": ready_ms,
         **times("unseen_cards_decision", first),
         **times("decision", again),

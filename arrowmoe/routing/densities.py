@@ -57,7 +57,8 @@ class Mixture:
 
     def __init__(self, means: Array, weights: Array, factor: Array, base: Base) -> None:
         white = base.whiten(np.concatenate([means, factor]))
-        self._means, spread = white[: len(means)], white[len(means) :]
+        # A copy, for a view would keep the factor's rows in memory too.
+        self._means, spread = white[: len(means)].copy(), white[len(means) :]
         inner = cholesky(np.eye(len(factor)) + spread @ spread.T, lower=True, check_finite=False)
         # In whitened space the precision is I − BᵀB.
         self._back = solve_triangular(inner, spread, lower=True, check_finite=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,18 @@ import pytest
 
 from arrowmoe.features import Features, Vectors
 from arrowmoe.routing.probe import Probe
-from benchmarks import routing, routing_scale
+from benchmarks import routing, routing_peers, routing_scale
 from benchmarks.routing_data import Material, Names, Rows, embedded
 from benchmarks.routing_measures import decided, described, router, separated
 from benchmarks.routing_peers import Peers, by_card
 from registry.digest import digest_of
 
 DIMENSION, CARDS, INTENTS, DEVIATION = 16, 4, 3, 0.05
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_peers, "MLP", replace(routing_peers.MLP, steps=200))
 
 
 def unit(rows: np.ndarray) -> Vectors:
