@@ -45,7 +45,7 @@ class Settings:
     longest: int = 48
     stage1: Stage1 = field(default_factory=lambda: Stage1(steps=200, validation_share=0.2))
     stage2: Stage2 = field(
-        default_factory=lambda: Stage2(learning_rate=3e-4, steps=32, entropy_weight=0.03, kl_weight=0.1, look_every=8)
+        default_factory=lambda: Stage2(learning_rate=3e-5, steps=32, entropy_weight=0.03, kl_weight=0.1, look_every=8)
     )
     planted: float = 16.0
     rescue: Stage2 = field(
