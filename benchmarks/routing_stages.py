@@ -40,12 +40,12 @@ class Settings:
 
     layer: int = 4
     shots: int = 10
-    validation: int = 8
+    validation: int = 6
     batch_size: int = 12
     longest: int = 48
     stage1: Stage1 = field(default_factory=lambda: Stage1(steps=200, validation_share=0.2))
     stage2: Stage2 = field(
-        default_factory=lambda: Stage2(learning_rate=3e-5, steps=32, entropy_weight=0.03, kl_weight=0.1, look_every=8)
+        default_factory=lambda: Stage2(learning_rate=3e-5, steps=24, entropy_weight=0.03, kl_weight=0.1, look_every=8)
     )
     planted: float = 16.0
     rescue: Stage2 = field(
@@ -102,7 +102,6 @@ class _Lab:
             "Stage 2": stage2,
             "Stage 2 without KL": replace(stage2, kl_weight=0.0),
             "Stage 2 without entropy": replace(stage2, entropy_weight=0.0),
-            "Stage 2 without both": replace(stage2, kl_weight=0.0, entropy_weight=0.0),
         }
         return {"Stage 1": self._logits(self._stage1())} | {
             name: self._logits(self._stage2(self._stage1(), own)) for name, own in variants.items()

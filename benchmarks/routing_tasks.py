@@ -83,16 +83,17 @@ def main() -> None:
     base = load_base_model(BASE, device="cpu", dtype="float32")
     scores = by_weights(base, asked) | by_embedding(asked)
     stages = staged(base, asked.experts, asked.prompts)
+    collapse = collapses(asked, stages)
+    show("a planted collapse (%)", collapse)
     engine = ArrowEngine(base)
     for expert in asked.experts:
         engine.load_lora(expert.card)
     right = answered(engine, asked)
     tasks = end_tasks(engine, asked, right, scores | {"generative": generative(engine, asked)})
-    mixing = ablation(engine, asked, right, {CLOSED_FORM: scores[CLOSED_FORM]} | stages.logits)
     show("end task, one adapter a row (%)", tasks)
+    mixing = ablation(engine, asked, right, {CLOSED_FORM: scores[CLOSED_FORM]} | stages.logits)
     show(f"modes and losses (%); Stage 1 on {STAGES.shots} prompts a card", mixing)
-    show("a planted collapse (%)", collapses(asked, right, stages))
-    figures = {"tasks": tasks, "ablation": mixing, "collapse": collapses(asked, right, stages)}
+    figures = {"tasks": tasks, "ablation": mixing, "collapse": collapse}
     about: dict[str, Any] = {"rows": len(asked.rows), "seconds": time.perf_counter() - start, **figures}
     report("routing_tasks", "the oracle, which knows each row's adapter", targets(figures), rounded(about))
 
@@ -177,11 +178,13 @@ def mixtures(engine: ArrowEngine, asked: Asked, logits: Scores) -> dict[str, flo
 
 def judged(asked: Asked, right: npt.NDArray[np.bool_], scores: Scores) -> dict[str, float]:
     """Of rows that are given to the expert with the greatest score: how many to their own, how many answered right."""
-    chosen = scores.argmax(axis=1)
-    return {
-        "routed": percent(chosen == asked.expected),
-        "exact_match": percent(right[np.arange(len(right)), chosen]),
-    }
+    own = right[np.arange(len(right)), scores.argmax(axis=1)]
+    return {"routed": routed(asked, scores), "exact_match": percent(own)}
+
+
+def routed(asked: Asked, scores: Scores) -> float:
+    """The share of rows that are given to their own expert."""
+    return percent(scores.argmax(axis=1) == asked.expected)
 
 
 def gates_of(asked: Asked, weights: Scores) -> Gates:
@@ -190,10 +193,10 @@ def gates_of(asked: Asked, weights: Scores) -> Gates:
     return Gates(adapters=digests, names=tuple(asked.names), weights=weights.astype(np.float32))
 
 
-def collapses(asked: Asked, right: npt.NDArray[np.bool_], stages: Staged) -> Table:
+def collapses(asked: Asked, stages: Staged) -> Table:
     """A head that gave all rows to one card, and what Stage 2 made of it, with and without the load-balance term."""
     return {
-        name: judged(asked, right, own) | {"largest_share": 100 * largest_share(own)}
+        name: {"routed": routed(asked, own), "largest_share": 100 * largest_share(own)}
         for name, own in stages.collapse.items()
     }
 
