@@ -1,1 +1,1 @@
-"""The night: noticing what no card fits, and growing a card for it. Nothing is built yet; see CHANGELOG."""
+"""The night: noticing what no card fits, learning it from a teacher, and publishing it once a test allows it."""

@@ -45,13 +45,16 @@ Reports = list[VerifyReport]
 
 
 class Registry:
-    """Cards of one node. Several processes may use one home at once, and several threads one registry."""
+    """Cards of one node. Several processes may use one home at once, and several threads one registry.
+
+    `database` also holds what other floors remember.
+    """
 
     def __init__(self, home: Path, identity: Identity, blobs: BlobStore, database: Database) -> None:
         self.home = home
         self.identity = identity
         self._blobs = blobs
-        self._database = database
+        self.database = database
         self._catalog = Catalog(database)
         self._pending = Pending(home / _TMP)
         self._heal()
@@ -192,7 +195,7 @@ class Registry:
 
     def close(self) -> None:
         """Let go of the catalog; cards that were loaded stay usable."""
-        self._database.close()
+        self.database.close()
 
     def __enter__(self) -> Self:
         return self

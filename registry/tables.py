@@ -6,13 +6,13 @@ A change here needs a migration in `registry/migrations/versions` and a new `HEA
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, LargeBinary, String, Text
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, ForeignKey, Index, LargeBinary, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 """The schema that this code speaks; known here so that opening an up-to-date catalog need not import Alembic."""
 
 
@@ -36,7 +36,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 class Base(DeclarativeBase):
     """Root of the tables."""
 
-    type_annotation_map: ClassVar[dict[type, TypeEngine[datetime] | type]] = {datetime: UtcDateTime}
+    type_annotation_map: ClassVar[dict[type, type[TypeEngine[Any]]]] = {datetime: UtcDateTime, float: Double}
 
 
 class PublisherRow(Base):

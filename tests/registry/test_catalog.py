@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, make_url, text
 
+from evolution.tables import SignalRow
 from registry.card import LoRACard
 from registry.catalog import Catalog
 from registry.database import Database, alembic_config, sqlite_url
@@ -317,6 +318,7 @@ def test_the_migrations_end_at_the_tables_that_the_code_knows(url: str, database
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
         assert context.get_current_revision() == HEAD_REVISION
+        assert SignalRow.metadata is Base.metadata, "the night's tables are in the same database"
         assert compare_metadata(context, Base.metadata) == []
     engine.dispose()
 
