@@ -46,7 +46,7 @@ class Indexed:
 class RememberingFeaturizer:
     """Another featurizer's features, each text embedded once, and progress told."""
 
-    def __init__(self, featurizer: Featurizer, on_progress: Progress) -> None:
+    def __init__(self, featurizer: Featurizer, on_progress: Progress = lambda text, done, total: None) -> None:
         self._featurizer, self._on_progress = featurizer, on_progress
         self._known: dict[str, Vectors] = {}
 

@@ -26,7 +26,7 @@ from arrowmoe.features import Vectors
 from arrowmoe.generation import Chunk, Generation, Prompt, Sampling, decode
 from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
 from arrowmoe.lora.plan import Plan
-from arrowmoe.routing.gates import Gates
+from arrowmoe.routing.gates import Decision, Gates
 from arrowmoe.routing.statistics import CardStatistics
 from arrowmoe.swarm import Swarm
 from federation.errors import FederationError
@@ -52,6 +52,13 @@ class TextRouter(Protocol):
         """A card arrived that may be chosen from now on."""
 
 
+class Observer(Protocol):
+    """What is told of every routed request (`arrowmoe.signalling`)."""
+
+    def saw(self, base: str, text: str, decision: Decision, generation: Generation | None) -> str | None:
+        """An id that feedback may refer to; None where the request was not kept."""
+
+
 class ArrowEngine:
     """A base model with adapters. Calls may come from several threads; forward passes run one at a time."""
 
@@ -59,6 +66,7 @@ class ArrowEngine:
         self.base = base
         self.registry = registry
         self.router = router
+        self.observer: Observer | None = None
         self._manager = LoRAManager(base.model)
         self._names: dict[str, str] = {}
         self._swarm: Swarm | None = None
@@ -132,6 +140,8 @@ class ArrowEngine:
                 plan = self._manager.plan(gates.rows(rows))
             with self._computing(plan):
                 vectors[rows] = encode_batch(self.base, [texts[row] for row in rows])
+        for row, text in enumerate(texts):
+            self._saw(text, gates, row)
         return vectors
 
     @overload
@@ -273,8 +283,15 @@ class ArrowEngine:
             if chunk.generation is None:
                 yield chunk
             else:
-                made_by = gates.attribution(chunk.row)
-                yield replace(chunk, generation=replace(chunk.generation, adapters=made_by))
+                made = replace(chunk.generation, adapters=gates.attribution(chunk.row))
+                signal = self._saw(prompt_text(prompts[chunk.row]), gates, chunk.row, made) if gates.decisions else None
+                yield replace(chunk, generation=replace(made, signal=signal))
+
+    def _saw(self, text: str, gates: Gates, row: int, generation: Generation | None = None) -> str | None:
+        """Tell the observer of a request that a router decided."""
+        if self.observer is None or not gates.decisions:
+            return None
+        return self.observer.saw(self.name, text, gates.decisions[row], generation)
 
     @contextmanager
     def _computing(self, plan: Plan | None) -> Iterator[None]:

@@ -54,7 +54,8 @@ class Sampling:
 class Generation:
     """One row's answer. `adapters` says which cards made it, with which weights; empty means the bare base model.
 
-    `logprob_nats` is Σ log P of the new tokens under the model at temperature 1, end token included.
+    `logprob_nats` is Σ log P of the new tokens under the model at temperature 1, end token included. `signal` is what
+    feedback on a routed answer refers to, where it was recorded.
     """
 
     text: str
@@ -63,6 +64,7 @@ class Generation:
     logprob_nats: float
     finish_reason: FinishReason
     adapters: Mapping[str, float] = field(default_factory=dict)
+    signal: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

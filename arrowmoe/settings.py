@@ -85,6 +85,49 @@ class RouterSettings(BaseModel):
     max_experts: int = Field(default=4, ge=1, le=8, description="most cards in mode threshold")
 
 
+class TeacherSettings(BaseModel):
+    """Who teaches at night: an OpenAI-compatible endpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(default="", description="its model; empty: nobody teaches, gaps are only found")
+    base_url: str | None = Field(default=None, description="its address; none: the OpenAI SDK's own")
+    key_variable: str = Field(default="OPENAI_API_KEY", min_length=1, description="variable that holds its key")
+    prompt_usd: float = Field(default=0.0, ge=0, description="price of a million tokens that it reads")
+    completion_usd: float = Field(default=0.0, ge=0, description="price of a million tokens that it writes")
+    concurrency: int = Field(default=4, ge=1, le=64, description="requests under way at once")
+    timeout_s: float = Field(default=60.0, gt=0, description="longest wait for an answer")
+    votes: int = Field(
+        default=3, ge=1, le=9, description="times that it is asked the same; what most votes say is kept"
+    )
+    disclosure: Literal["never", "description", "redacted", "full"] = Field(
+        default="description", description="what of prompts may leave this node"
+    )
+
+
+class EvolutionSettings(BaseModel):
+    """What the night may remember, learn and spend."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    signals: bool = Field(default=True, description="whether routed requests are kept here, for the night")
+    sample_rate: float = Field(default=1.0, gt=0, le=1, description="share of well-answered requests that is kept")
+    max_signals: int = Field(default=20_000, ge=100, description="most requests that are kept")
+    retention_days: float = Field(default=30.0, gt=0, description="how long they are kept")
+    schedule: str = Field(default="", description='when nights begin, as in "0 2 * * *"; empty: only when asked')
+    window_hours: float = Field(default=4.0, gt=0, le=24, description="longest night")
+    most_experts: int = Field(default=3, ge=1, le=100, description="most experts grown in one night")
+    least_prompts: int = Field(default=12, ge=2, description="fewest distinct prompts of a gap")
+    most_examples: int = Field(default=240, ge=20, description="most examples asked of the teacher for one gap")
+    tier1_samples: int = Field(default=0, ge=0, le=16, description="answers drawn again of the worst fifth of requests")
+    budget_usd: float = Field(default=1.0, ge=0, description="most money that one night may spend")
+    budget_tokens: int = Field(default=2_000_000, ge=0, description="most tokens that one night may spend")
+    steps: int = Field(default=120, ge=1, description="most training steps of one expert")
+    rank: int = Field(default=8, ge=1, le=256, description="rank of experts")
+    memory_gib: float | None = Field(default=None, gt=0, description="most memory that a training may take")
+    alpha: float = Field(default=0.05, gt=0, lt=1, description="share of published experts that may be idle")
+
+
 class LogSettings(BaseModel):
     """What is logged, and where."""
 
@@ -132,6 +175,8 @@ class Settings(BaseSettings):
         default="float32", description="element type of base models"
     )
     router: RouterSettings = RouterSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    evolution: EvolutionSettings = EvolutionSettings()
     log: LogSettings = LogSettings()
 
     @classmethod
@@ -149,7 +194,12 @@ class Settings(BaseSettings):
     @staticmethod
     def meaning(name: str) -> str:
         """What the setting with a dotted name is for."""
-        groups: dict[str, type[BaseModel]] = {"router": RouterSettings, "log": LogSettings}
+        groups: dict[str, type[BaseModel]] = {
+            "router": RouterSettings,
+            "teacher": TeacherSettings,
+            "evolution": EvolutionSettings,
+            "log": LogSettings,
+        }
         model = groups.get(name.partition(".")[0], Settings)
         return model.model_fields[name.rpartition(".")[2]].description or ""
 
@@ -272,4 +322,13 @@ def _spelled(name: str, source: str) -> str:
     return f"{name} ({source})"
 
 
-__all__ = ["ConfigurationError", "Loaded", "LogSettings", "RouterSettings", "Settings", "load"]
+__all__ = [
+    "ConfigurationError",
+    "EvolutionSettings",
+    "Loaded",
+    "LogSettings",
+    "RouterSettings",
+    "Settings",
+    "TeacherSettings",
+    "load",
+]

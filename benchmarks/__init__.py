@@ -1,5 +1,5 @@
 """Benchmarks: `python -m benchmarks.NAME`; the last line is one JSON object with targets."""
 
-from arrowmoe.threads import wait_politely
+from arrowmoe.threads import set_threads
 
-wait_politely()  # before torch is imported
+set_threads()  # before torch and numpy are imported

@@ -90,6 +90,9 @@ class Student(Protocol):
 class Students(Protocol):
     """Base models by name; one is loaded at a time."""
 
+    def kind(self, base: str) -> Kind:
+        """Whether `base` writes answers or encodes texts."""
+
     def open(self, base: str) -> AbstractContextManager[Student]:
         """Load `base`, and let go of it at the end."""
 

@@ -72,7 +72,7 @@ class JobRow(Base):
     __table_args__ = (Index("ix_jobs_state", "state", "priority"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    key: Mapped[str] = mapped_column(String(96), unique=True)
+    key: Mapped[str] = mapped_column(String(255), unique=True)
     kind: Mapped[str] = mapped_column(String(16))
     base: Mapped[str] = mapped_column(Text)
     priority: Mapped[int]
@@ -150,5 +150,5 @@ class NoteRow(Base):
 
     __tablename__ = "notes"
 
-    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
     value: Mapped[dict[str, Any]] = mapped_column(JSON)

@@ -104,6 +104,21 @@ class LoRACard:
         """The version that the manifest gives."""
         return self.manifest.version
 
+    @property
+    def base_name(self) -> str | None:
+        """The logical name of its base model."""
+        return self.manifest.base.name
+
+    @property
+    def description(self) -> str:
+        """What it is for, as the manifest says."""
+        return self.manifest.description
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Prompts that it is for, as the manifest shows."""
+        return self.manifest.examples
+
     @cached_property
     def digest(self) -> Digest:
         """The card's identity."""
@@ -134,6 +149,15 @@ class LoRACard:
             raise ManifestError(f"{', '.join(sorted(forbidden))}: describe() changes the description, not the adapter")
         fields = json.loads(self.manifest_bytes) | {"publisher": None} | changes
         data = manifest_bytes(fields)
+        return replace(self, manifest_bytes=data, manifest=Manifest.parse(data), signature=None)
+
+    def scaled(self, factor: float) -> LoRACard:
+        """A new, unsigned card whose adapter does `factor` times as much: alpha is what changes, never a weight."""
+        fields = json.loads(self.manifest_bytes)
+        adapter = fields["adapter"]
+        patterns = {module: alpha * factor for module, alpha in adapter.get("alpha_pattern", {}).items()}
+        adapter |= {"alpha": adapter["alpha"] * factor} | ({"alpha_pattern": patterns} if patterns else {})
+        data = manifest_bytes(fields | {"publisher": None})
         return replace(self, manifest_bytes=data, manifest=Manifest.parse(data), signature=None)
 
     def with_routing(self, spec: RoutingSpec | None, tensors: Iterable[Tensor] = ()) -> LoRACard:

@@ -22,7 +22,7 @@ from typer.main import get_command
 import arrowmoe
 from arrowmoe.cli.invocation import Invocation
 from arrowmoe.cli.output import Output
-from arrowmoe.threads import wait_politely
+from arrowmoe.threads import set_threads
 from registry.errors import ArrowMoEError
 
 
@@ -140,7 +140,7 @@ def run(args: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """The console script."""
-    wait_politely()
+    set_threads()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -23,8 +23,9 @@ from arrowmoe.routing.coarse import CoarseIndex
 from arrowmoe.routing.densities import Array, Dense, Mixture
 from arrowmoe.routing.statistics import CardStatistics
 
-OWN_SHARE = 0.3
-"""a: how much of a card's covariance is its own."""
+OWN_SHARE, MOST_OWN_SHARE, BROAD_PROMPTS = 0.3, 0.5, 1000
+"""a, how much of a card's covariance is its own: more than OWN_SHARE where cards have fewer prompts than BROAD_PROMPTS
+on average, by the fourth root of the quotient, for such cards are narrow and differ more in shape than they share."""
 LEAST_VARIANCE, MOST_VARIANCE, FEW_PROMPTS = 0.6, 10.0, 100
 """λ in units of 1 / d: (FEW_PROMPTS / mean number of prompts per card)², within these bounds."""
 REST_VARIANCE = 1.5
@@ -67,8 +68,9 @@ class _Pool:
         scatter, mean = sums.scatter / sums.prompts, sums.total / sums.prompts
         variance = float(np.clip((FEW_PROMPTS * cards / sums.prompts) ** 2, LEAST_VARIANCE, MOST_VARIANCE)) / dimension
         floor = variance * np.eye(dimension)
+        self._own_share = _own_share(sums.prompts / cards)
         self._scatter, self._floor = scatter, floor
-        self.covariance = (1 - OWN_SHARE) * scatter + floor
+        self.covariance = (1 - self._own_share) * scatter + floor
         self.blended = Dense(self.covariance)
         self._rest = Dense(scatter + sums.moment / sums.prompts - np.outer(mean, mean) + REST_VARIANCE * floor)
         self._whole = Mixture(mean[None], np.ones(1), np.zeros((0, dimension)), self._rest)
@@ -85,11 +87,15 @@ class _Pool:
 
     def mixture(self, card: CardStatistics) -> Mixture:
         """The card's density."""
-        return Mixture(card.prototypes, card.weights, np.sqrt(OWN_SHARE) * card.sketch, self.base(card))
+        return Mixture(card.prototypes, card.weights, np.sqrt(self._own_share) * card.sketch, self.base(card))
 
     def base(self, card: CardStatistics) -> Dense:
         """What the card's density is over."""
         return self.blended if len(card.sketch) else self.shared
+
+
+def _own_share(mean_prompts: float) -> float:
+    return float(np.clip(OWN_SHARE * (BROAD_PROMPTS / mean_prompts) ** 0.25, OWN_SHARE, MOST_OWN_SHARE))
 
 
 class ClosedForm:

@@ -5,9 +5,9 @@
 
 import os
 
-from arrowmoe.threads import wait_politely
+from arrowmoe.threads import set_threads
 
 # Both are read when torch and huggingface_hub are first imported, so they must be set before; a look-up offline costs a
 # minute.
-wait_politely()
+set_threads()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

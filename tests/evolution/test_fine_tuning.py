@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from evolution.fine_tuning import FineTuning, FineTuningError, Optimiser, Pair, answer_loss, attach, fine_tune, train
+from evolution.errors import TrainingError
+from evolution.fine_tuning import FineTuning, Optimiser, Pair, answer_loss, attach, fine_tune, train
 from tests.arrowmoe.tiny import tokenizer
 from tests.peft_models import load_peft, tiny_gpt2, tiny_llama
 
@@ -103,7 +104,7 @@ def test_the_rate_rises_linearly_then_falls_to_nothing_and_gradients_are_clipped
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FineTuningError, match="at least one pair"):
+    with pytest.raises(TrainingError, match="at least one pair"):
         fine_tune(tiny_llama(), tokenizer(), [], TUNING, base_name="tiny", directory=tmp_path)
-    with pytest.raises(FineTuningError, match="'warmup_steps': 0"):
+    with pytest.raises(TrainingError, match="'warmup_steps': 0"):
         FineTuning(warmup_steps=0)

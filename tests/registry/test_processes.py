@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 from registry.database import Database, sqlite_url
 from registry.store import Registry
+from registry.tables import HEAD_REVISION
 
 _DEADLINE_S = 60
 
@@ -64,7 +65,7 @@ def test_processes_that_open_a_fresh_home_at_once_agree(home: Path, started: Exi
     assert len(identities) == 1
     database = Database(sqlite_url(home / "catalog.sqlite"))
     with database.reading() as session:
-        assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == ["0001"]
+        assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == [HEAD_REVISION]
         assert session.scalar(text("PRAGMA journal_mode")) == "wal"
     database.close()
 

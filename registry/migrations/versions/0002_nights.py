@@ -71,7 +71,7 @@ def upgrade() -> None:
     op.create_table(
         "jobs",
         sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("key", sa.String(96), nullable=False, unique=True),
+        sa.Column("key", sa.String(255), nullable=False, unique=True),
         sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("base", sa.Text, nullable=False),
         sa.Column("priority", sa.Integer, nullable=False),
@@ -132,7 +132,7 @@ def upgrade() -> None:
     op.create_index("ix_reservations_account", "reservations", ["account"])
     op.create_table(
         "notes",
-        sa.Column("key", sa.String(64), primary_key=True),
+        sa.Column("key", sa.String(255), primary_key=True),
         sa.Column("value", sa.JSON, nullable=False),
     )
 

@@ -48,16 +48,17 @@ def plain_scores(cards: Mapping[str, CardStatistics], x: Array) -> Array:
     mean = sum(n * mu for n, mu in behind) / prompts
     between = sum(n * np.outer(mu - mean, mu - mean) for n, mu in behind) / prompts
     floor = min(10.0, max(0.6, (100 / (prompts / len(cards))) ** 2)) / DIMENSION * np.eye(DIMENSION)
+    share = min(0.5, max(0.3, 0.3 * (1000 / (prompts / len(cards))) ** 0.25))
     outside = log_normal(x, mean, within + between + 1.5 * floor)
     columns = []
     for card in cards.values():
-        own = 0.3 * card.sketch.T @ card.sketch + 0.7 * within if len(card.sketch) else within
+        own = share * card.sketch.T @ card.sketch + (1 - share) * within if len(card.sketch) else within
         inside = log_mixture(x, card.counts / card.counts.sum(), card.prototypes, own + floor)
         columns.append(inside - outside)
     return np.array(columns).T
 
 
-@pytest.mark.parametrize("each", [3, 30, 60])
+@pytest.mark.parametrize("each", [3, 30, 60, 200, 600])
 def test_scores_are_the_plain_formula(each: int) -> None:
     random, cards = np.random.default_rng(1), some(5, intents=3, each=each)
     cards["bare"] = card_of(random, DIMENSION, intents=2, each=each, rank=0)

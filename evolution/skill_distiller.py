@@ -1,0 +1,352 @@
+"""One gap becomes one expert, or the reason why not: teach → train → examine → publish.
+
+Every stage leaves its result as a file in the job's directory before the journal says that the next one begins, and a
+stage that finds its result there takes it. So a job that was killed goes on where it stood, and the card that an exam
+has passed is published once, however often publishing is tried: its bytes are on disk before the registry sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from evolution.anchors import anchors, general_texts, replay
+from evolution.combiner import refit
+from evolution.errors import JobError
+from evolution.evaluation import Exam, Examiner
+from evolution.examples import Limits, read_examples, sieved, split, write_examples
+from evolution.executors import Cancelled, Executor
+from evolution.gate import AlphaSpending, Bars, judge
+from evolution.journal import GapRecord, Job, Journal
+from evolution.protocols import Example, Routes, Students, Teacher, Theme
+from evolution.repair import repaired
+from evolution.signals import SignalStore
+from evolution.survey import GROWING, PUBLISHED, REJECTED, theme_of
+from evolution.training_job import FineTuning, ModelSpec, Replay, Step, Trained, TrainingJob, Validation, read_trained
+from registry.card import LoRACard
+from registry.errors import LabelTakenError
+from registry.files import written_whole
+from registry.format import LoRAFormat
+from registry.logs import get_logger
+from registry.store import Registry
+
+STAGES: Final = ("teach", "train", "examine", "publish")
+ASKED_AT_ONCE: Final = 64
+MLP: Final = ("gate_proj", "up_proj", "down_proj")
+_CAUSAL: Final = FineTuning(targets=MLP)
+_ENCODER: Final = FineTuning(targets=("query", "value"), learning_rate=5e-4, steps=60, batch_size=32)
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How an expert is grown.
+
+    `asks_prompts` gives the gap's own prompts to the teacher, else the teacher writes examples from the theme; at most
+    `most_examples` are gathered. Of them `held_out_share` is for the exam alone, at least `least_held_out`. A training
+    that lifts but drifts is repeated once with `more_replay`. `anchors`, `texts` and `replay` are by kind of model.
+    """
+
+    tuning: FineTuning = _CAUSAL
+    encoder_tuning: FineTuning = _ENCODER
+    asks_prompts: bool = False
+    writes: bool = True
+    most_examples: int = 240
+    least_examples: int = 40
+    held_out_share: float = 0.25
+    least_held_out: int = 24
+    validation_share: float = 0.1
+    replay_share: float = 0.25
+    more_replay: float = 1.0
+    max_new_tokens: int = 32
+    precision: str = "float32"
+    seed: int = 0
+    limits: Limits = field(default_factory=Limits)
+    anchors: Mapping[str, tuple[Example, ...]] | None = None
+    encoder_anchors: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    sealed: tuple[Example, ...] = ()
+    bars: Bars = field(default_factory=lambda: Bars(alpha=0.05))
+
+
+class Workspace:
+    """The files of one job; a second training has a second round's."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.taught = directory / "taught.jsonl"
+        self.training = directory / "training.jsonl"
+        self.validation = directory / "validation.jsonl"
+        self.held_out = directory / "held-out.jsonl"
+        self.replay = directory / "replay.jsonl"
+        self.verdict = directory / "verdict.json"
+        self.candidate = directory / "candidate.lora.arrow"
+
+    def job(self, round_: int) -> Path:
+        """The training's job file."""
+        return self.directory / f"job-{round_}.json"
+
+    def output(self, round_: int) -> Path:
+        """The training's output directory."""
+        return self.directory / f"trained-{round_}"
+
+
+class RejectedError(JobError):
+    """A gap gets no expert tonight, for a reason that trying again does not change."""
+
+
+class SkillDistiller:
+    """Grows experts. What it needs of the node is handed in; `models` says how a base is loaded by another process."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        journal: Journal,
+        signals: SignalStore,
+        *,
+        teacher: Teacher,
+        students: Students,
+        routes: Routes,
+        executor: Executor,
+        models: Callable[[str], ModelSpec],
+        recipe: Recipe | None = None,
+    ) -> None:
+        self._registry, self._journal, self._signals = registry, journal, signals
+        self._teacher, self._students, self._routes = teacher, students, routes
+        self._executor, self._models, self._recipe = executor, models, recipe or Recipe()
+
+    def grow(self, job: Job, *, deadline_s: float | None = None, cancelled: Cancelled | None = None) -> Job:
+        """Carry a job through its remaining stages; returns it done. Raises what a stage raises, resumably."""
+        gap, work = self._journal.gap(int(job.spec["gap"])), self._workspace(job)
+        steps: dict[str, Callable[[Job], Mapping[str, Any]]] = {
+            "teach": lambda job: self._teach(gap, work),
+            "train": partial(self._train, work, deadline_s, cancelled),
+            "examine": lambda job: self._examine(job, gap, work),
+            "publish": lambda job: self._publish(gap, work),
+        }
+        if job.stage == STAGES[0]:
+            self._journal.settle_gap(gap.id, GROWING, gap.why)
+        with self._journal.renewing(job):
+            try:
+                while True:
+                    found = dict(steps[job.stage](job))
+                    following = found.pop("next", None) or _after(job.stage)
+                    if following is None:
+                        return self._journal.finish(job, **found)
+                    job = self._journal.advance(job, following, **found)
+            except RejectedError as error:
+                return self._reject(job, gap, str(error))
+
+    def _teach(self, gap: GapRecord, work: Workspace) -> Mapping[str, Any]:
+        """Examples from the teacher, sieved, and parted into training, validation and a sealed exam."""
+        if work.held_out.exists():
+            return {}
+        recipe, theme = self._recipe, theme_of(gap)
+        taught = self._taught(gap, theme, work)
+        sealed = (*recipe.sealed, *(item for items in self._anchors(gap.base).values() for item in items))
+        kept = sieved(taught, sealed=(*sealed, *general_texts()), limits=recipe.limits)
+        if len(kept.kept) < recipe.least_examples:
+            dropped = {reason: len(some) for reason, some in kept.dropped.items()}
+            raise RejectedError(
+                f"expected at least {recipe.least_examples} examples from {self._teacher.name}, got {len(kept.kept)} "
+                f"that can be used (dropped: {dropped or 'none'})"
+            )
+        exam = split(kept.kept, held_out_share=recipe.held_out_share, seed=recipe.seed, least=recipe.least_held_out)
+        trial = split(exam.training, held_out_share=recipe.validation_share, seed=recipe.seed + 1)
+        for path, some in (
+            (work.training, trial.training),
+            (work.validation, trial.held_out),
+            (work.replay, replay()),
+            (work.held_out, exam.held_out),  # last, for it says that all are there
+        ):
+            _write(path, some)
+        return {
+            "teacher": self._teacher.name,
+            "examples": {"training": len(trial.training), "validation": len(trial.held_out)}
+            | {"held_out": len(exam.held_out), "dropped": {why: len(some) for why, some in kept.dropped.items()}},
+        }
+
+    def _taught(self, gap: GapRecord, theme: Theme, work: Workspace) -> list[Example]:
+        """What the owner corrected, what the teacher says of the gap's prompts, what it writes; kept as it comes."""
+        recipe, signals = self._recipe, self._signals.of_gap(gap.id)
+        corrected = {one.prompt: one.correction for one in signals if one.correction}
+        taught = read_examples(work.taught) if work.taught.exists() else []
+        if not taught:
+            taught = [Example(prompt=prompt, answer=answer) for prompt, answer in corrected.items()]
+        if recipe.asks_prompts:
+            known = {one.prompt for one in taught}
+            prompts = [one for one in dict.fromkeys(signal.prompt for signal in signals) if one not in known]
+            prompts = prompts[: max(0, recipe.most_examples - len(taught))]
+            for start in range(0, len(prompts), ASKED_AT_ONCE):
+                asked = prompts[start : start + ASKED_AT_ONCE]
+                answers = self._teacher.answer(asked, theme=theme)
+                taught += [Example(prompt=one, answer=said) for one, said in zip(asked, answers, strict=True) if said]
+                _write(work.taught, taught)
+        if recipe.writes and len(taught) < recipe.most_examples:
+            taught += self._teacher.write(
+                theme, recipe.most_examples - len(taught), avoid=[one.prompt for one in taught]
+            )
+            _write(work.taught, taught)
+        return taught
+
+    def _train(
+        self, work: Workspace, deadline_s: float | None, cancelled: Cancelled | None, job: Job
+    ) -> Mapping[str, Any]:
+        """The training, in another process, with its steps entered as they come."""
+        round_ = int(job.outcome.get("round", 1))
+        spec = self._training_job(job.base, work, round_)
+        spec.save(work.job(round_))
+
+        def on_step(step: Step) -> None:
+            self._journal.step(job, f"{step.phase}-{round_}", step.step, step.steps, step.loss_nats)
+
+        trained = self._executor.run(work.job(round_), on_progress=on_step, deadline_s=deadline_s, cancelled=cancelled)
+        return {"steps": trained.steps, "training_s": round(trained.seconds, 1), "stopped": trained.stopped_why}
+
+    def _training_job(self, base: str, work: Workspace, round_: int) -> TrainingJob:
+        recipe, encoder = self._recipe, self._is_encoder(base)
+        tuning = recipe.encoder_tuning if encoder else recipe.tuning
+        share = recipe.replay_share if round_ == 1 else recipe.more_replay
+        has_replay = not encoder and share > 0
+        validated = work.validation.stat().st_size > 0
+        return TrainingJob(
+            base=self._models(base),
+            objective="contrastive" if encoder else "sft",
+            tuning=replace(tuning, seed=recipe.seed + round_ - 1),
+            data_url=work.training.as_uri(),
+            output_url=work.output(round_).as_uri(),
+            precision="bfloat16" if recipe.precision == "bfloat16" else "float32",
+            replay=Replay(data_url=work.replay.as_uri(), share=share) if has_replay else None,
+            validation=Validation(data_url=work.validation.as_uri()) if validated else None,
+        )
+
+    def _examine(self, job: Job, gap: GapRecord, work: Workspace) -> Mapping[str, Any]:
+        """The exam and the verdict, after which the candidate's card is on disk, or is trained anew, or rejected."""
+        if work.candidate.exists():
+            return {}
+        round_ = int(job.outcome.get("round", 1))
+        candidate = self._candidate(gap, work, round_)
+        spending = self._spending(gap.base)
+        bars = replace(self._recipe.bars, alpha=spending.tonight)
+        with self._students.open(gap.base) as student:
+            examiner = Examiner(student, self._routes, self._exam(gap.base, work))
+            verdict = judge(examiner.measure(candidate), bars)
+            result = repaired(partial(examiner.measure, candidate), verdict, bars)
+        said = result.verdict.to_json()
+        self._journal.keep_note(f"alpha:{gap.base}", spending.after(result.verdict).to_json())
+        log.info("examined", gap=gap.name, step=result.step, scale=result.scale, reasons=result.verdict.reasons)
+        if result.step == "retrain" and round_ == 1 and not self._is_encoder(gap.base):
+            return {"next": "train", "round": 2, "verdict_1": said}
+        with written_whole(work.verdict) as file:
+            file.write(json.dumps(said, indent=2).encode())
+        if result.step != "publish":
+            raise RejectedError("; ".join(result.verdict.reasons))
+        card = candidate.scaled(result.scale).describe(evaluation={"gate": said})
+        LoRAFormat.save(card, work.candidate)
+        return {"verdict": said}
+
+    def _candidate(self, gap: GapRecord, work: Workspace, round_: int) -> LoRACard:
+        """The trained adapter as an unsigned card, with statistics for the router."""
+        spec = TrainingJob.load(work.job(round_))
+        trained = read_trained(work.output(round_), spec.fingerprint())
+        if trained is None:
+            raise JobError(f"expected a finished training in {work.output(round_)}, got none")
+        theme, training = theme_of(gap), read_examples(work.training)
+        incumbent = [entry for entry in self._registry.list(name=gap.name) if entry.base_name == gap.base]
+        card = LoRACard.from_peft(
+            trained.adapter_dir,
+            name=gap.name,
+            version=self._registry.next_version(gap.name),
+            base_name=gap.base,
+            description=theme.description,
+            domains=list(theme.terms),
+            parents=[incumbent[0].digest] if incumbent else [],
+            training=_provenance(trained, spec, self._teacher.name, gap),
+        )
+        prompts = dict.fromkeys([one.prompt for one in training] + [one.prompt for one in self._signals.of_gap(gap.id)])
+        held_out = [one.prompt for one in read_examples(work.held_out)]
+        sealed = set(held_out)
+        return self._routes.describe(card, [one for one in prompts if one not in sealed], held_out)
+
+    def _exam(self, base: str, work: Workspace) -> Exam:
+        items = tuple(read_examples(work.held_out))
+        if self._is_encoder(base):
+            support = tuple(read_examples(work.training))
+            return Exam(items=items, anchors=self._anchors(base), support=support)
+        return Exam(
+            items=items,
+            anchors=self._anchors(base),
+            texts=general_texts(),
+            max_new_tokens=self._recipe.max_new_tokens,
+        )
+
+    def _publish(self, gap: GapRecord, work: Workspace) -> Mapping[str, Any]:
+        """Into the registry, from where federation and router take it."""
+        card = LoRAFormat.load(work.candidate)
+        try:
+            entry = self._registry.publish(card)
+        except (
+            LabelTakenError
+        ):  # another card took the version meanwhile; the file moves on first, so that this is once
+            LoRAFormat.save(card.describe(version=self._registry.next_version(gap.name)), work.candidate)
+            entry = self._registry.publish(LoRAFormat.load(work.candidate))
+        self._journal.settle_gap(gap.id, PUBLISHED, f"published as {entry.name}@{entry.version}", card=entry.digest)
+        learnt = {one.id for one in self._signals.of_gap(gap.id)}
+        known = self._signals.of_gap(gap.id) + self._signals.queued(gap.base)
+        refit(self._registry.database, gap.base, known, learnt=learnt)
+        log.info("expert_published", name=entry.name, version=entry.version, digest=entry.digest)
+        return {"card": entry.digest, "label": f"{entry.name}@{entry.version}"}
+
+    def _reject(self, job: Job, gap: GapRecord, why: str) -> Job:
+        self._journal.settle_gap(gap.id, REJECTED, why)
+        self._signals.release(gap.id)
+        log.info("expert_rejected", gap=gap.name, why=why)
+        return self._journal.finish(job, rejected=why)
+
+    def _spending(self, base: str) -> AlphaSpending:
+        noted = self._journal.note(f"alpha:{base}")
+        return AlphaSpending(alpha=self._recipe.bars.alpha) if noted is None else AlphaSpending.from_json(noted)
+
+    def _anchors(self, base: str) -> Mapping[str, tuple[Example, ...]]:
+        if self._is_encoder(base):
+            return self._recipe.encoder_anchors
+        return anchors() if self._recipe.anchors is None else self._recipe.anchors
+
+    def _is_encoder(self, base: str) -> bool:
+        return self._students.kind(base) == "encoder"
+
+    def _workspace(self, job: Job) -> Workspace:
+        directory = self._registry.home / "nights" / f"job-{job.id}"
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return Workspace(directory)
+
+
+def _provenance(trained: Trained, spec: TrainingJob, teacher: str, gap: GapRecord) -> dict[str, Any]:
+    return {
+        "grown_by": "arrowmoe",
+        "teacher": teacher,
+        "gap": {"prompts": gap.size, "worth": gap.worth},
+        "steps": trained.steps,
+        "stopped": trained.stopped_why,
+        "seconds": round(trained.seconds, 1),
+        "tuning": asdict(spec.tuning),
+    }
+
+
+def _after(stage: str) -> str | None:
+    at = STAGES.index(stage) + 1
+    return STAGES[at] if at < len(STAGES) else None
+
+
+def _write(path: Path, examples: Sequence[Example]) -> None:
+    """Whole or not at all."""
+    draft = path.with_suffix(".draft")
+    write_examples(draft, examples)
+    draft.replace(path)
+
+
+__all__ = ["MLP", "STAGES", "Recipe", "RejectedError", "SkillDistiller", "Workspace"]

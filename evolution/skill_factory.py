@@ -1,0 +1,177 @@
+"""The night: survey every base, grow an expert for the gaps that are worth most, and say what came of it.
+
+    survey the signals of each base → grow the gaps, the most worth first → report
+
+The work is jobs in the journal, so a night that was killed goes on at the next start, where it stood. Bases rotate: the
+jobs of one are done before those of the next, so that one is loaded at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from evolution.errors import BudgetSpentError, JobError
+from evolution.executors import Cancelled
+from evolution.journal import FAILED, Job, Journal
+from evolution.protocols import Students
+from evolution.signals import SignalStore
+from evolution.skill_distiller import STAGES, SkillDistiller
+from evolution.survey import OPEN, Found, Surveyor
+from evolution.withdrawal import Withdrawer
+from registry.errors import ArrowMoEError
+from registry.logs import get_logger
+
+SURVEY, GROW = "survey", "grow"
+FIRST: Final = 1_000_000
+"""Priority of surveys, above that of any gap."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nightly:
+    """What a night may take: experts grown for all bases together, and seconds."""
+
+    most_experts: int = 3
+    window_s: float = 4 * 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NightReport:
+    """What came of a night; `error` is why it ended before its work was done."""
+
+    night: int
+    planned_at: datetime
+    jobs: tuple[Job, ...]
+    seconds: float
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        published = [job.outcome["label"] for job in self.jobs if "label" in job.outcome]
+        rejected = {job.key: job.outcome["rejected"] for job in self.jobs if "rejected" in job.outcome}
+        failed = {job.key: job.outcome.get("error") for job in self.jobs if job.state == FAILED}
+        return {
+            "published": published,
+            "rejected": rejected,
+            "failed": failed,
+            "unfinished": [job.key for job in self.jobs if job.state not in ("done", FAILED)],
+            "seconds": round(self.seconds, 1),
+            "error": self.error,
+        }
+
+
+class SkillFactory:
+    """Runs nights. Several processes may: each night begins once, and each job is held by one of them."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        signals: SignalStore,
+        students: Students,
+        surveyor: Surveyor,
+        distiller: SkillDistiller,
+        *,
+        withdrawer: Withdrawer | None = None,
+        nightly: Nightly | None = None,
+        begin_budget: Callable[[str], object] = lambda account: None,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._journal, self._signals, self._students = journal, signals, students
+        self._surveyor, self._distiller, self._withdrawer = surveyor, distiller, withdrawer
+        self._nightly, self._begin_budget, self._monotonic_s = nightly or Nightly(), begin_budget, monotonic_s
+
+    def night(self, planned_at: datetime, *, cancelled: Cancelled | None = None) -> NightReport | None:
+        """Run the night planned for `planned_at`; None if it was begun before, here or elsewhere."""
+        number = self._journal.begin_night(planned_at)
+        if number is None:
+            return None
+        log.info("night_begins", night=number, planned_at=planned_at.isoformat())
+        self._signals.prune()
+        for base in self._signals.counts():
+            self._journal.enqueue(f"{_prefix(number)}{SURVEY}/{base}", SURVEY, base, priority=FIRST, spec={})
+        return self._run(number, planned_at, cancelled)
+
+    def resume(self, *, cancelled: Cancelled | None = None) -> list[NightReport]:
+        """Carry on the nights that no process is working on any more."""
+        open_nights = [night for night in self._journal.nights() if night.ended is None]
+        return [self._run(night.id, night.planned_at, cancelled) for night in reversed(open_nights)]
+
+    def preview(self) -> dict[str, list[Found]]:
+        """The gaps that a night would find now, by base; nothing is entered, asked or trained."""
+        return {base: self._surveyor.look(base) for base in self._signals.counts()}
+
+    def _run(self, night: int, planned_at: datetime, cancelled: Cancelled | None) -> NightReport:
+        start_s, error, base = self._monotonic_s(), None, None
+        self._begin_budget(f"night-{night}")
+        while (job := self._next(night, base)) is not None:
+            left_s = self._nightly.window_s - (self._monotonic_s() - start_s)
+            if left_s <= 0 or (cancelled is not None and cancelled()):
+                self._journal.release(job)
+                error = "the night's window is over" if left_s <= 0 else "it was told to end"
+                break
+            base = job.base
+            self._work(job, night, left_s, cancelled)
+        jobs = tuple(self._journal.jobs(keys=_prefix(night)))
+        report = NightReport(
+            night=night, planned_at=planned_at, jobs=jobs, seconds=self._monotonic_s() - start_s, error=error
+        )
+        if all(job.state in ("done", FAILED) for job in jobs) or error == "the night's window is over":
+            self._journal.end_night(night, "done" if error is None else "cut short", report.to_json())
+        log.info("night_ends", night=night, **report.to_json())
+        return report
+
+    def _next(self, night: int, base: str | None) -> Job | None:
+        """A job of the same base if there is one, else of another."""
+        same = self._journal.claim(keys=_prefix(night), base=base) if base is not None else None
+        return same or self._journal.claim(keys=_prefix(night))
+
+    def _work(self, job: Job, night: int, left_s: float, cancelled: Cancelled | None) -> None:
+        """One job to its end, or back into the queue with what went wrong."""
+        try:
+            if job.kind == SURVEY:
+                self._survey(job, night)
+            else:
+                self._distiller.grow(job, deadline_s=left_s, cancelled=cancelled)
+        except BudgetSpentError as error:  # tomorrow has another budget
+            log.warning("budget_spent", job=job.key, error=str(error))
+            self._journal.fail(job, str(error), for_good=True)
+        except JobError as error:
+            log.warning("job_lost", job=job.key, error=str(error))
+            self._fail_if_held(job, error)
+        except (ArrowMoEError, OSError) as error:
+            log.warning("job_failed", job=job.key, error=str(error), attempt=job.attempts)
+            self._fail_if_held(job, error)
+
+    def _fail_if_held(self, job: Job, error: Exception) -> None:
+        try:
+            self._journal.fail(job, str(error))
+        except JobError:
+            log.warning("job_taken_over", job=job.key)
+
+    def _survey(self, job: Job, night: int) -> None:
+        with self._journal.renewing(job), self._students.open(job.base) as student:
+            withdrawn = () if self._withdrawer is None else self._withdrawer.withdraw(job.base)
+            gaps = self._surveyor.survey(job.base, student, night=night)
+        for rank, gap in enumerate(gap for gap in gaps if gap.state == OPEN):
+            if rank < self._nightly.most_experts:
+                key = f"{_prefix(night)}{GROW}/{gap.id}"
+                spec = {"gap": gap.id}
+                self._journal.enqueue(key, GROW, job.base, priority=FIRST - 1 - rank, stage=STAGES[0], spec=spec)
+            else:
+                self._journal.settle_gap(gap.id, OPEN, f"{gap.why}; other gaps came first tonight")
+                self._signals.release(gap.id)
+        states = Counter(gap.state for gap in gaps)
+        self._journal.finish(job, gaps=dict(states), withdrawn=list(withdrawn))
+
+
+def _prefix(night: int) -> str:
+    return f"night-{night}/"
+
+
+__all__ = ["NightReport", "Nightly", "SkillFactory"]
