@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
     from arrowmoe.engine import ArrowEngine
     from arrowmoe.errors import EngineError
+    from arrowmoe.evolving import Evolution, evolution_of_engine, evolution_of_node
     from arrowmoe.features import Features, TextFeaturizer
     from arrowmoe.generation import Chunk, Generation
     from arrowmoe.lora.layer import LoRALinear
@@ -63,6 +64,7 @@ __all__ = [
     "Decision",
     "Discovery",
     "EngineError",
+    "Evolution",
     "Features",
     "FederationError",
     "Gates",
@@ -97,6 +99,8 @@ __all__ = [
     "ask",
     "browse",
     "describe",
+    "evolution_of_engine",
+    "evolution_of_node",
     "load_base_model",
     "parse_address",
     "serve",
@@ -108,6 +112,7 @@ _NAMES_OF_MODULE = {
     "arrowmoe.base_model": ("BUILTINS", "BaseModel", "load_base_model"),
     "arrowmoe.engine": ("ArrowEngine",),
     "arrowmoe.errors": ("EngineError",),
+    "arrowmoe.evolving": ("Evolution", "evolution_of_engine", "evolution_of_node"),
     "arrowmoe.features": ("Features", "TextFeaturizer"),
     "arrowmoe.generation": ("Chunk", "Generation"),
     "arrowmoe.lora.layer": ("LoRALinear",),

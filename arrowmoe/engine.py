@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol, overload
+from typing import TYPE_CHECKING, Literal, Protocol, overload
 
 import numpy as np
 
+import arrowmoe
 from arrowmoe.base_model import BaseModel, Kind, load_base_model, same_base
 from arrowmoe.encoding import encode_batch
 from arrowmoe.errors import AdapterMismatchError, EngineError, GateError, PromptError, RoutingError, UnknownAdapterError
@@ -36,6 +37,14 @@ from registry.entries import CardEntry
 from registry.errors import RegistryError
 from registry.format import LoRAFormat
 from registry.store import Registry
+
+if TYPE_CHECKING:
+    from arrowmoe.evolving import Evolution
+    from arrowmoe.settings import EvolutionSettings
+    from evolution.executors import Executor
+    from evolution.protocols import Teacher
+    from evolution.skill_distiller import Recipe
+    from evolution.survey import Surveying
 
 Mixture = Mapping[str, float]
 Adapter = str | Mixture | Sequence["str | Mixture | None"] | Gates | None
@@ -248,6 +257,31 @@ class ArrowEngine:
             for entry in report.fetched:
                 self.router.register_card(entry, CardStatistics.of_card(self.registry.get(entry.digest)))
         return report
+
+    def enable_evolution(
+        self,
+        *,
+        teacher: Teacher,
+        model: str | None = None,
+        settings: EvolutionSettings | None = None,
+        recipe: Recipe | None = None,
+        surveying: Surveying | None = None,
+        executor: Executor | None = None,
+    ) -> Evolution:
+        """Notice from now on what no card fits, and learn it from `teacher`: `run()` a night, or `start()` the clock.
+
+        `model` is how another process loads this base (default: its name); the other arguments replace parts.
+        Raises `RegistryError` without a registry, `RoutingError` without a `LoRARouter`.
+        """
+        return arrowmoe.evolution_of_engine(
+            self,
+            teacher=teacher,
+            model=model or self.name,
+            settings=settings,
+            recipe=recipe,
+            surveying=surveying,
+            executor=executor,
+        )
 
     def resolve(self, adapter: Adapter, texts: Sequence[str]) -> Gates:
         """What `adapter` means for rows with these `texts`: gates over loaded adapters, loaded here if need be."""

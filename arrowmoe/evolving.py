@@ -21,8 +21,9 @@ from arrowmoe.engine import ArrowEngine
 from arrowmoe.errors import RoutingError
 from arrowmoe.inference import Inference
 from arrowmoe.routing.router import LoRARouter
+from arrowmoe.routing.statistics import CardStatistics
 from arrowmoe.settings import EvolutionSettings, Settings, TeacherSettings
-from arrowmoe.signalling import SignalRecorder
+from arrowmoe.signalling import SignalRecorder, signal_store
 from arrowmoe.students import EngineStudents, NightRoutes
 from evolution.budget import Budget, Price
 from evolution.cloud_distiller import CloudDistiller
@@ -30,10 +31,9 @@ from evolution.errors import TeacherError
 from evolution.executors import Executor, LocalProcess
 from evolution.gaps import Clustering
 from evolution.gate import Bars
-from evolution.journal import Journal, Now, utc_now
+from evolution.journal import SCHEDULE, Journal, Now, utc_now
 from evolution.protocols import Example, Routes, Students, Teacher, Theme
-from evolution.schedule import NightSchedule, NightWatch
-from evolution.signals import SignalPolicy, SignalStore
+from evolution.schedule import POLL_S, NightSchedule, NightWatch
 from evolution.skill_distiller import MLP, Recipe, SkillDistiller
 from evolution.skill_factory import Nightly, NightReport, SkillFactory
 from evolution.survey import Fetch, Surveying, Surveyor
@@ -46,8 +46,8 @@ from registry.errors import RegistryError
 from registry.logs import get_logger
 from registry.store import Registry
 
-SCHEDULE, SINCE = "schedule", "evolution-since"
-"""Notes: the cron expression that the owner set, and since when this home has watched the clock."""
+SINCE = "evolution-since"
+"""Note: since when this home has watched the clock."""
 TRAIN = (sys.executable, "-m", "arrowmoe", "evolve", "train")
 log = get_logger(__name__)
 
@@ -69,13 +69,15 @@ class Evolution:
         executor: Executor | None = None,
         fetch: Fetch | None = None,
         now: Now = utc_now,
+        poll_s: float = POLL_S,
     ) -> None:
         settings = settings or EvolutionSettings()
         self.signals = signal_store(registry.database, settings, now)
         self.journal = Journal(registry.database, now=now)
-        self.schedule = settings.schedule
+        self._expression = settings.schedule
         self._teacher, self._now, self._running = teacher, now, threading.Lock()
-        self._stopping, self._watch = threading.Event(), list[NightWatch]()
+        self._stopping, self._poll_s = threading.Event(), poll_s
+        self._watch: NightWatch | None = None
         memory_bytes = None if settings.memory_gib is None else int(settings.memory_gib * 2**30)
         self.surveyor = Surveyor(
             registry.database,
@@ -119,22 +121,18 @@ class Evolution:
 
     def start(self) -> None:
         """Carry on what was left, and begin nights by the schedule that was noted or set."""
-        noted = self.journal.note(SCHEDULE)
-        expression = self.schedule if noted is None else str(noted["expression"])
         if self.journal.note(SINCE) is None:
             self.journal.keep_note(SINCE, {"at": self._now().isoformat()})
-        schedule = NightSchedule(expression) if expression else None
-        watch = NightWatch(
-            schedule, last=self._last, begin=self.run, first=self.resume, now=self._now, changed=self._changed
+        self._watch = NightWatch(
+            self._schedule, last=self._last, begin=self.run, first=self.resume, now=self._now, poll_s=self._poll_s
         )
-        watch.start()
-        self._watch.append(watch)
+        self._watch.start()
 
     def close(self) -> None:
         """End; a night under way is given back, to be carried on at the next start."""
         self._stopping.set()
-        for watch in self._watch:
-            watch.close()
+        if self._watch is not None:
+            self._watch.close()
         if isinstance(self._teacher, NightlyTeacher):
             self._teacher.close()
 
@@ -151,10 +149,10 @@ class Evolution:
         moments = [self.journal.last_night(now), None if since is None else datetime.fromisoformat(since["at"])]
         return max((moment for moment in moments if moment is not None and moment <= now), default=None)
 
-    def _changed(self) -> NightSchedule | None:
-        """The schedule as it is now: a command may have set another."""
+    def _schedule(self) -> NightSchedule | None:
+        """The schedule as it is now: what a command has set comes before the settings."""
         noted = self.journal.note(SCHEDULE)
-        expression = self.schedule if noted is None else str(noted["expression"])
+        expression = self._expression if noted is None else str(noted["expression"])
         return NightSchedule(expression) if expression else None
 
 
@@ -220,7 +218,9 @@ class NobodyTeaches:
         raise _no_teacher()
 
 
-def evolution_of_node(registry: Registry, settings: Settings, inference: Inference, *, fetch: Fetch | None) -> Evolution:
+def evolution_of_node(
+    registry: Registry, settings: Settings, inference: Inference, *, fetch: Fetch | None
+) -> Evolution:
     """The night of a node, or of a command that loads models itself, with the settings' teacher."""
     chosen = settings.evolution
     teacher: Teacher = NobodyTeaches()
@@ -266,13 +266,16 @@ def evolution_of_engine(
             hint="engine.router = arrowmoe.LoRARouter(arrowmoe.TextFeaturizer(encoder))",
         )
     spec = ModelSpec(
-        model=model, name=engine.name, dtype=str(engine.base.dtype).removeprefix("torch."), device=str(engine.base.device)
+        model=model,
+        name=engine.name,
+        dtype=str(engine.base.dtype).removeprefix("torch."),
+        device=str(engine.base.device),
     )
 
     def register(own: LoRARouter) -> None:
         for entry in registry.newest():
             if entry.base_name is not None and same_base(entry.base_name, engine.name):
-                own.register_card(entry, router.statistics_of(registry.get(entry.digest)))
+                own.register_card(entry, CardStatistics.of_card(registry.get(entry.digest)))
 
     evolution = Evolution(
         registry,
@@ -287,17 +290,6 @@ def evolution_of_engine(
     )
     engine.observer = SignalRecorder(evolution.signals)
     return evolution
-
-
-def signal_store(database: Database, settings: EvolutionSettings, now: Now = utc_now) -> SignalStore:
-    """The signals of a home, under the settings' policy."""
-    policy = SignalPolicy(
-        enabled=settings.signals,
-        sample_rate=settings.sample_rate,
-        max_rows=settings.max_signals,
-        retention_days=settings.retention_days,
-    )
-    return SignalStore(database, policy=policy, now=now)
 
 
 def recipe_of(settings: EvolutionSettings) -> Recipe:
@@ -321,16 +313,13 @@ def _endpoint(settings: TeacherSettings) -> Endpoint:
             f"expected the teacher's key in the variable {settings.key_variable}, which is not set",
             hint="set it, or name another with teacher.key_variable; a local server takes any word",
         )
-    address = {} if settings.base_url is None else {"base_url": settings.base_url}
     return Endpoint(
         model=settings.model,
         api_key=key,
-        price=Price(
-            prompt_usd_per_million=settings.prompt_usd, completion_usd_per_million=settings.completion_usd
-        ),
+        price=Price(prompt_usd_per_million=settings.prompt_usd, completion_usd_per_million=settings.completion_usd),
         timeout_s=settings.timeout_s,
         concurrency=settings.concurrency,
-        **address,
+        base_url=settings.base_url,
     )
 
 
@@ -342,12 +331,10 @@ def _no_teacher() -> TeacherError:
 
 
 __all__ = [
-    "SCHEDULE",
     "Evolution",
     "NightlyTeacher",
     "NobodyTeaches",
     "evolution_of_engine",
     "evolution_of_node",
     "recipe_of",
-    "signal_store",
 ]

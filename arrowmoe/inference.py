@@ -6,6 +6,7 @@ a model is loaded: torch is reached through the lazy names of `arrowmoe`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,8 +29,8 @@ from registry.tensor import Tensor
 
 if TYPE_CHECKING:
     from arrowmoe.base_model import Kind
-    from arrowmoe.engine import Adapter, ArrowEngine
-    from arrowmoe.features import Vectors
+    from arrowmoe.engine import Adapter, ArrowEngine, Observer
+    from arrowmoe.features import Featurizer, Vectors
     from arrowmoe.generation import Generation
     from arrowmoe.request import Answer
     from arrowmoe.routing import Gates, LoRARouter, Opinion, Policy
@@ -58,8 +59,9 @@ class Inference:
         route: bool = True,
         fetch: Fetch | None = None,
         offered_statistics: OfferedStatistics | None = None,
+        observer: Observer | None = None,
     ) -> None:
-        self._registry, self._settings, self._fetch = registry, settings, fetch
+        self._registry, self._settings, self._fetch, self._observer = registry, settings, fetch, observer
         self._offered_statistics = offered_statistics
         self.bases = tuple(dict.fromkeys(bases))
         models = [*self.bases, settings.embedder] if route else self.bases
@@ -175,6 +177,25 @@ class Inference:
             adapter = self._routed(engine, texts)
         return engine.encode_with_lora(texts, adapter=adapter)
 
+    @property
+    def featurizer(self) -> Featurizer:
+        """What the router sees prompts with; waits for the embedder."""
+        return self._router.result().featurizer
+
+    def policy(self) -> Policy:
+        """How the settings want prompts routed."""
+        return arrowmoe.Policy(**self._settings.router.model_dump())
+
+    def model_of(self, base: str) -> str:
+        """What `base`, a logical name, was asked for as. Raises `EngineError` if it is not loaded."""
+        engine = self.engine(base)
+        return next(model for model, future in self._engines.items() if _is_ready(future) and future.result() is engine)
+
+    def index_into(self, router: LoRARouter) -> None:
+        """Have another router choose among the cards that are here and offered now."""
+        with self._lock:
+            self._index(router, self._registry.digests(), dict(self.offers))
+
     def refresh(self) -> None:
         """Bring the router's index in line with the catalog and with `offers`, if there is a router yet."""
         if self._router.done() and self._router.exception() is None:
@@ -186,7 +207,7 @@ class Inference:
 
     def _policy(self, changes: Mapping[str, Any] | None) -> Policy | None:
         """The settings' policy with `changes`; None for the router's own."""
-        return arrowmoe.Policy(**self._settings.router.model_dump() | dict(changes)) if changes else None
+        return dataclasses.replace(self.policy(), **changes) if changes else None
 
     def _keep(self, text: str, opinion: Opinion | None) -> None:
         """Keep what an agent said as a row of a routing dataset, in this home."""
@@ -222,18 +243,18 @@ class Inference:
     def _load_engine(self, model: str) -> ArrowEngine:
         settings = self._settings
         base = arrowmoe.load_base_model(model, device=settings.device, dtype=settings.dtype, cache=settings.cache_dir)
-        return arrowmoe.ArrowEngine(base, registry=self._registry)
+        engine = arrowmoe.ArrowEngine(base, registry=self._registry)
+        engine.observer = self._observer
+        return engine
 
     def _make_router(self) -> None:
-        chosen = self._settings.router
         embedder = self._engines[self._settings.embedder]
         if (error := embedder.exception()) is not None:
             self._router.set_exception(error)
             return
         try:
             featurizer = arrowmoe.TextFeaturizer(embedder.result())
-            policy = arrowmoe.Policy(**chosen.model_dump())
-            router = arrowmoe.LoRARouter(featurizer, policy=policy, cache=self._settings.cache_dir)
+            router = arrowmoe.LoRARouter(featurizer, policy=self.policy(), cache=self._settings.cache_dir)
         except Exception as error:  # else whoever asks would wait for ever
             log.exception("router_failed")
             self._router.set_exception(error)

@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import arrowmoe
 from arrowmoe.control import ControlServer
 from arrowmoe.home import NodeError, NodeRecord, home_lock, make_home, now
 from arrowmoe.inference import Inference
 from arrowmoe.operations import node_handlers
 from arrowmoe.settings import Settings
+from arrowmoe.signalling import SignalRecorder, signal_store
 from arrowmoe.swarm import Swarm
+from evolution.journal import SCHEDULE, Journal
 from federation.sync import PeerReport, SyncProgress, SyncReport
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
@@ -27,6 +30,7 @@ from registry.store import Registry
 
 if TYPE_CHECKING:
     from arrowmoe.engine import Adapter
+    from arrowmoe.evolving import Evolution
     from arrowmoe.features import Vectors
     from arrowmoe.request import Answer
     from arrowmoe.routing import Gates
@@ -47,6 +51,8 @@ class Node:
         self._registry: Registry | None = None
         self._inference: Inference | None = None
         self._swarm: Swarm | None = None
+        self._evolution: Evolution | None = None
+        self._lock = threading.RLock()
         self._started_s = 0.0
 
     def start(self) -> NodeRecord:
@@ -148,6 +154,29 @@ class Node:
         """Texts → (n, d) float32."""
         return self.inference.encode(texts, adapter=adapter, base=base)
 
+    @property
+    def evolution(self) -> Evolution:
+        """What grows experts here, made when it is first needed, for its imports take seconds."""
+        with self._lock:
+            if self._evolution is None:
+                made = arrowmoe.evolution_of_node(self.registry, self.settings, self.inference, fetch=self._bring)
+                self._evolution = self._stack.enter_context(made)
+            return self._evolution
+
+    def watch_nights(self) -> None:
+        """Have nights begin by themselves, if there is a schedule or something to carry on; else do nothing."""
+        journal = Journal(self.registry.database)
+        noted = journal.note(SCHEDULE)
+        expression = self.settings.evolution.schedule if noted is None else noted["expression"]
+        if (expression or any(night.ended is None for night in journal.nights())) and not self._stopping.is_set():
+            log.info("nights_watched", schedule=expression)
+            _ = self.evolution
+
+    def _bring(self, digest: str) -> None:
+        """Fetch a peer's card into the registry."""
+        self.swarm.fetch(digest)
+        self.inference.refresh()
+
     def _open(self, stack: ExitStack) -> NodeRecord:
         settings = self.settings
         self._registry = registry = stack.enter_context(Registry.open(settings.home))
@@ -169,6 +198,7 @@ class Node:
             route=routes,
             fetch=swarm.fetch,
             offered_statistics=swarm.statistics,
+            observer=SignalRecorder(signal_store(registry.database, settings.evolution)),
         )
         control = stack.enter_context(ControlServer(node_handlers(self)))
         if routes:
@@ -190,6 +220,7 @@ class Node:
         for model in self.inference.models():
             event = log.error if model["error"] else log.info
             event("model_state", model=model["model"], state=model["state"], error=model["error"])
+        self.watch_nights()
 
     def _watch(self) -> None:
         """Announce the node, look at the peers at once and then at the interval, until the node ends."""

@@ -91,7 +91,7 @@ class TeacherSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(default="", description="its model; empty: nobody teaches, gaps are only found")
-    base_url: str | None = Field(default=None, description="its address; none: the OpenAI SDK's own")
+    base_url: str = Field(default="https://api.openai.com/v1", min_length=1, description="its address")
     key_variable: str = Field(default="OPENAI_API_KEY", min_length=1, description="variable that holds its key")
     prompt_usd: float = Field(default=0.0, ge=0, description="price of a million tokens that it reads")
     completion_usd: float = Field(default=0.0, ge=0, description="price of a million tokens that it writes")

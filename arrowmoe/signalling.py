@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evolution.signals import Signal, SignalStore
+from arrowmoe.settings import EvolutionSettings
+from evolution.journal import Now, utc_now
+from evolution.signals import Signal, SignalPolicy, SignalStore
+from registry.database import Database
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 
@@ -45,4 +48,15 @@ def signal_of(base: str, text: str, decision: Decision, generation: Generation |
     )
 
 
-__all__ = ["SignalRecorder", "signal_of"]
+def signal_store(database: Database, settings: EvolutionSettings, now: Now = utc_now) -> SignalStore:
+    """The signals of a home, under the settings' policy."""
+    policy = SignalPolicy(
+        enabled=settings.signals,
+        sample_rate=settings.sample_rate,
+        max_rows=settings.max_signals,
+        retention_days=settings.retention_days,
+    )
+    return SignalStore(database, policy=policy, now=now)
+
+
+__all__ = ["SignalRecorder", "signal_of", "signal_store"]

@@ -32,6 +32,9 @@ RETRY_S = 300.0
 
 QUEUED, RUNNING, DONE, FAILED = "queued", "running", "done", "failed"
 
+SCHEDULE = "schedule"
+"""Note: the cron expression that the owner has set by a command; empty for none."""
+
 Now = Callable[[], datetime]
 _Record = TypeVar("_Record", "GapRecord", "Job", "NightRecord", "Step")
 log = get_logger(__name__)
@@ -360,4 +363,4 @@ def _record(kind: type[_Record], row: Any) -> _Record:
     return kind(**{one.name: getattr(row, one.name) for one in fields(kind)})
 
 
-__all__ = ["GapRecord", "Job", "Journal", "NightRecord", "Now", "Step", "utc_now"]
+__all__ = ["SCHEDULE", "GapRecord", "Job", "Journal", "NightRecord", "Now", "Step", "utc_now"]

@@ -59,18 +59,24 @@ class NightSchedule:
 
 
 class NightWatch:
-    """Calls `begin(planned_at)` in its own thread when a night is due, between `start` and `close`."""
+    """Calls `begin(planned_at)` in its own thread when a night is due, between `start` and `close`.
+
+    `first` is called once before, `schedule` before each look: the owner may have set another, or None. `last` tells
+    when the last night up to a moment was.
+    """
 
     def __init__(
         self,
-        schedule: NightSchedule,
+        schedule: Callable[[], NightSchedule | None],
         *,
         last: Callable[[datetime], datetime | None],
         begin: Callable[[datetime], object],
+        first: Callable[[], object] = lambda: None,
         now: Now,
         poll_s: float = POLL_S,
     ) -> None:
-        self._schedule, self._last, self._begin, self._now, self._poll_s = schedule, last, begin, now, poll_s
+        self._schedule, self._last, self._begin, self._first = schedule, last, begin, first
+        self._now, self._poll_s = now, poll_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="arrowmoe-nights", daemon=True)
 
@@ -87,18 +93,23 @@ class NightWatch:
 
     def look(self) -> None:
         """Begin the night that is due, if there is one."""
-        now = self._now()
-        planned_at = self._schedule.due(now, self._last(now))
+        schedule, now = self._schedule(), self._now()
+        planned_at = None if schedule is None else schedule.due(now, self._last(now))
         if planned_at is not None:
             self._begin(planned_at)
 
     def _watch(self) -> None:
+        self._guarded(self._first)
         while not self._over.is_set():
-            try:
-                self.look()
-            except Exception:  # one bad night must not end all others
-                log.exception("night_failed")
+            self._guarded(self.look)
             self._over.wait(self._poll_s)
+
+    @staticmethod
+    def _guarded(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception:  # one bad night must not end all others
+            log.exception("night_failed")
 
 
 __all__ = ["CATCH_UP", "NightSchedule", "NightWatch", "ScheduleError"]

@@ -60,8 +60,8 @@ class LoRARouter:
 
     def __init__(self, featurizer: Featurizer, *, policy: Policy | None = None, cache: Path | None = None) -> None:
         self.policy = policy or Policy()
-        self._featurizer = featurizer
-        self._cache = cache
+        self.featurizer = featurizer
+        self.cache = cache
         self._probe: Probe | None = None
         self._cards: ClosedForm | None = None
         self._profiles: dict[str, Profile] = {}
@@ -80,7 +80,7 @@ class LoRARouter:
         """The probe in this router's space, embedded when it is first needed."""
         with self._lock:
             if self._probe is None:
-                self._probe = measured(self._featurizer, self._cache)
+                self._probe = measured(self.featurizer, self.cache)
             return self._probe
 
     def profiles(self) -> Mapping[str, Profile]:
@@ -115,7 +115,7 @@ class LoRARouter:
 
     def features(self, texts: Sequence[str]) -> Features:
         """Features of `texts` by this router's own featurizer."""
-        return self._featurizer.features(texts)
+        return self.featurizer.features(texts)
 
     def route_texts(self, texts: Sequence[str], *, base: str | None = None) -> Gates:
         """Gates for `texts` over the cards made for base model `base` (None: all)."""
@@ -142,8 +142,8 @@ class LoRARouter:
 
         Raises `RoutingError` for features of another embedder, and for an opinion on a card that nobody knows.
         """
-        if features.embedder != self._featurizer.embedder:
-            raise RoutingError(f"expected features by {self._featurizer.embedder}, got them by {features.embedder}")
+        if features.embedder != self.featurizer.embedder:
+            raise RoutingError(f"expected features by {self.featurizer.embedder}, got them by {features.embedder}")
         if opinions and len(opinions) != len(features):
             raise RoutingError(f"expected one opinion per row ({len(features)}), got {len(opinions)}")
         policy = policy or self.policy
@@ -163,7 +163,7 @@ class LoRARouter:
         self, card: Describable, statistics: CardStatistics | None, *, virtual: bool = False, source: str | None = None
     ) -> None:
         probe = self.probe
-        profile = profile_of(card, statistics, featurizer=self._featurizer, probe=probe, virtual=virtual, source=source)
+        profile = profile_of(card, statistics, featurizer=self.featurizer, probe=probe, virtual=virtual, source=source)
         with self._lock:
             if self._cards is None:
                 self._cards = ClosedForm(len(probe.mean))
