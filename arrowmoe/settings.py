@@ -165,7 +165,7 @@ class Settings(BaseSettings):
         default=True, description="whether cards that peers offer are routed to, and then fetched"
     )
     peer_interval_s: float = Field(
-        default=15.0, ge=0.1, le=86_400, description="how often peers are asked what they offer"
+        default=5.0, ge=0.1, le=86_400, description="how often peers are asked what they offer"
     )
     sync_on_start: bool = Field(default=False, description="copy what peers offer as soon as the node runs")
     bases: Names = Field(default=(), description="base models to load: hub id, directory, GGUF file or builtin:NAME")
