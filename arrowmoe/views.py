@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from federation.peer import Peer
@@ -13,6 +15,10 @@ if TYPE_CHECKING:
     from arrowmoe.generation import Generation
     from arrowmoe.request import Answer
     from arrowmoe.routing.gates import Candidate, Decision, Gates
+    from evolution.budget import Standing
+    from evolution.journal import GapRecord, Job, NightRecord, Step
+    from evolution.signals import Signal
+    from evolution.teacher_audit import TeacherCall
 
 Json = dict[str, Any]
 
@@ -135,6 +141,7 @@ def generation(made: Generation) -> Json:
         "new_tokens": len(made.tokens),
         "logprob_nats": float(made.logprob_nats),
         "finish_reason": str(made.finish_reason),
+        "signal": made.signal,
     }
 
 
@@ -168,3 +175,143 @@ def _candidate(candidate: Candidate) -> Json:
         "virtual": candidate.virtual,
         "source": candidate.source,
     }
+
+
+def signal(signal: Signal, *, dissonance: float) -> Json:
+    """A request that was kept for the night; `dissonance` is how surely it was answered badly."""
+    return {
+        "id": signal.id,
+        "created": None if signal.created is None else signal.created.isoformat(),
+        "base": signal.base,
+        "prompt": signal.prompt,
+        "answer": signal.answer,
+        "accepted": signal.accepted,
+        "card": signal.card,
+        "p_value": signal.p_value,
+        "sequence_nats": signal.sequence_nats,
+        "tokens": signal.tokens,
+        "feedback": signal.feedback,
+        "correction": signal.correction,
+        "agreement": signal.agreement,
+        "weight": signal.weight,
+        "gap": None if signal.gap_id is None else f"gap-{signal.gap_id}",
+        "dissonance": round(dissonance, 4),
+    }
+
+
+def gap(gap: GapRecord) -> Json:
+    """A gap as it was found, and what became of it."""
+    return {
+        "gap": f"gap-{gap.id}",
+        "name": gap.name,
+        "base": gap.base,
+        "state": gap.state,
+        "why": gap.why,
+        "prompts": gap.size,
+        "worth": gap.worth,
+        "description": gap.theme.get("description", ""),
+        "terms": list(gap.theme.get("terms", ())),
+        "card": gap.card,
+        "created": gap.created.isoformat(),
+    }
+
+
+def night(night: NightRecord) -> Json:
+    """A night; what it came to is empty until it has ended."""
+    report = night.report
+    return {
+        "night": f"night-{night.id}",
+        "planned_at": night.planned_at.isoformat(),
+        "started": night.started.isoformat(),
+        "ended": None if night.ended is None else night.ended.isoformat(),
+        "state": night.state,
+        "published": list(report.get("published", ())),
+        "rejected": dict(report.get("rejected", {})),
+        "failed": dict(report.get("failed", {})),
+        "unfinished": list(report.get("unfinished", ())),
+        "seconds": report.get("seconds"),
+        "error": report.get("error"),
+    }
+
+
+def job(job: Job) -> Json:
+    """A job of a night, and what went wrong in its last attempt."""
+    return {
+        "job": job.key,
+        "kind": job.kind,
+        "base": job.base,
+        "gap": f"gap-{job.spec['gap']}" if "gap" in job.spec else None,
+        "state": job.state,
+        "stage": job.stage,
+        "attempts": job.attempts,
+        "updated": job.updated.isoformat(),
+        "error": job.outcome.get("error"),
+    }
+
+
+def step(step: Step) -> Json:
+    """How far a training is."""
+    loss = step.loss_nats
+    return {
+        "phase": step.phase,
+        "step": step.step,
+        "steps": step.steps,
+        "loss_nats": loss if loss is not None and math.isfinite(loss) else None,
+    }
+
+
+def budget(standing: Standing) -> Json:
+    """An account: dollars and tokens that it may spend, has spent, and has left after what calls under way may cost."""
+    columns = {"limit": standing.limit, "spent": standing.spent, "left": standing.left}
+    return {name: {"usd": cost.microusd / 1e6, "tokens": cost.tokens} for name, cost in columns.items()}
+
+
+def teacher_call(call: TeacherCall) -> Json:
+    """An exchange with a teacher, word for word."""
+    return {
+        "created": call.created.isoformat(),
+        "teacher": call.teacher,
+        "purpose": call.purpose,
+        "disclosure": call.disclosure,
+        "request": call.request,
+        "response": call.response,
+        "error": call.error,
+        "prompt_tokens": call.prompt_tokens,
+        "completion_tokens": call.completion_tokens,
+        "usd": call.microusd / 1e6,
+        "seconds": round(call.seconds, 3),
+    }
+
+
+def gate(evidence: object) -> Json | None:
+    """The evidence of a gate in short; None where there is none. A peer may have written it, so nothing is relied on."""
+    if not isinstance(evidence, Mapping) or "against" not in evidence:
+        return None
+    rise = ("losses", "served_rise_nats")
+    return {
+        "accepted": evidence.get("accepted") is True,
+        "reasons": [str(reason) for reason in _list(evidence.get("reasons"))],
+        "items": _number(evidence, "against", "base", "items"),
+        "base": _number(evidence, "accuracy", "base"),
+        "incumbent": _number(evidence, "accuracy", "incumbent"),
+        "candidate": _number(evidence, "accuracy", "candidate"),
+        "lift_points": [_number(evidence, "against", "base", f"{end}_points") for end in ("low", "lift", "high")],
+        "p_value": _number(evidence, "against", "base", "p_value"),
+        "alpha": _number(evidence, "bars", "alpha"),
+        "routed": _number(evidence, "routed"),
+        "anchors": _number(evidence, "anchors", "served", "items"),
+        "anchors_low_points": _number(evidence, "anchors", "served", "low_points"),
+        "served_rise_nats": [_number(evidence, *rise, end) for end in ("mean", "high")],
+        "scale": _number(evidence, "scale"),
+    }
+
+
+def _number(found: object, *path: str) -> float | None:
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    good = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+    return found if good else None  # type: ignore[return-value]
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []

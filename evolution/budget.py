@@ -115,7 +115,7 @@ class Budget:
         reservation = Reservation(id=uuid4().hex, cost=cost)
         with self.database.writing() as session:
             self._forfeit(session)
-            standing = self._standing(session)
+            standing = _standing(session, _row(session, self.account))
             if not cost.within(standing.left):
                 raise BudgetSpentError(
                     f"expected at most {standing.left} left for {self.account!r}, got a call for up to {cost}: of "
@@ -146,21 +146,11 @@ class Budget:
     def standing(self) -> Standing:
         """Limit, spent and reserved, of one moment."""
         with self.database.reading() as session:
-            return self._standing(session)
+            return _standing(session, _row(session, self.account))
 
     def left(self) -> Cost:
         """What may still be reserved."""
         return self.standing().left
-
-    def _standing(self, session: Session) -> Standing:
-        row = _row(session, self.account)
-        sums = func.coalesce(func.sum(ReservationRow.microusd), 0), func.coalesce(func.sum(ReservationRow.tokens), 0)
-        microusd, tokens = session.execute(select(*sums).where(ReservationRow.account == self.account)).one()
-        return Standing(
-            limit=Cost(microusd=row.limit_microusd, tokens=row.limit_tokens),
-            spent=Cost(microusd=row.spent_microusd, tokens=row.spent_tokens),
-            reserved=Cost(microusd=int(microusd), tokens=int(tokens)),
-        )
 
     def _forfeit(self, session: Session) -> None:
         """Count reservations that expired as spent in full."""
@@ -173,8 +163,25 @@ class Budget:
         session.flush()
 
 
+def standing_of(database: Database, account: str) -> Standing | None:
+    """How an account stands, for whoever only looks; None if nobody has opened it."""
+    with database.reading() as session:
+        row = session.get(BudgetRow, account)
+        return None if row is None else _standing(session, row)
+
+
 def _row(session: Session, account: str) -> BudgetRow:
     return session.get_one(BudgetRow, account)
+
+
+def _standing(session: Session, row: BudgetRow) -> Standing:
+    sums = func.coalesce(func.sum(ReservationRow.microusd), 0), func.coalesce(func.sum(ReservationRow.tokens), 0)
+    microusd, tokens = session.execute(select(*sums).where(ReservationRow.account == row.account)).one()
+    return Standing(
+        limit=Cost(microusd=row.limit_microusd, tokens=row.limit_tokens),
+        spent=Cost(microusd=row.spent_microusd, tokens=row.spent_tokens),
+        reserved=Cost(microusd=int(microusd), tokens=int(tokens)),
+    )
 
 
 def _spend(row: BudgetRow, cost: Cost) -> None:
@@ -182,4 +189,4 @@ def _spend(row: BudgetRow, cost: Cost) -> None:
     row.spent_tokens += cost.tokens
 
 
-__all__ = ["Budget", "Cost", "Price", "Reservation", "Standing", "utc_now"]
+__all__ = ["Budget", "Cost", "Price", "Reservation", "Standing", "standing_of", "utc_now"]

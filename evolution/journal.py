@@ -219,6 +219,12 @@ class Journal:
             rows = session.scalars(query if keys is None else query.where(JobRow.key.startswith(keys)))
             return [_record(Job, row) for row in rows]
 
+    def held(self) -> list[Job]:
+        """Jobs that a living process is working on."""
+        with self._database.reading() as session:
+            rows = session.scalars(select(JobRow).where(JobRow.state == RUNNING).order_by(JobRow.id))
+            return [_record(Job, row) for row in rows if not self._may_take(row)]
+
     def advance(self, job: Job, stage: str, **found: Any) -> Job:
         """Enter that a stage begins, with what those before it found. Raises `JobError` if the lease was lost."""
         with self._held(job) as row:

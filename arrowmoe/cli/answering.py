@@ -24,7 +24,7 @@ Override = Annotated[bool, typer.Option("--override", help="Use it, unless it re
 def answered(app: App, method: str, params: Mapping[str, Any], *, bases: Sequence[str], route: bool) -> Any:
     """The JSON answer to `method`. `bases` are loaded if no node answers, and the embedder if `route`."""
     record = app.node()
-    if record is not None and _has_models(record):
+    if record is not None and has_models(record):
         return control.call(record, method, params)
     if record is not None:
         app.out.note("the running node has loaded no base model, so this command loads one itself")
@@ -68,13 +68,16 @@ def made_by(answer: Mapping[str, Any]) -> str:
     return f"{cards} ({answer['why']})"
 
 
-def _has_models(record: NodeRecord) -> bool:
+def has_models(record: NodeRecord) -> bool:
+    """Whether the running node has been given base models."""
     return bool(control.call(record, "status", timeout_s=30.0)["models"])
 
 
 def _answered_here(app: App, method: str, params: Mapping[str, Any], *, bases: Sequence[str], route: bool) -> Any:
     with app.registry() as registry, app.out.progress("loading") as advance:
-        inference = arrowmoe.inference.Inference(registry, app.settings, bases=bases, route=route)
+        signals = arrowmoe.signalling.signal_store(registry.database, app.settings.evolution)
+        observer = arrowmoe.signalling.SignalRecorder(signals)
+        inference = arrowmoe.inference.Inference(registry, app.settings, bases=bases, route=route, observer=observer)
         inference.load(on_model=lambda model: advance(f"loading {model}", 0, 0))
         advance("thinking", 0, 0)
         return arrowmoe.operations.inference_handlers(inference)[method](params, lambda done: None)
@@ -89,6 +92,7 @@ __all__ = [
     "Override",
     "adapter_of",
     "answered",
+    "has_models",
     "made_by",
     "routing_of",
 ]

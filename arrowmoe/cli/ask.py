@@ -62,7 +62,8 @@ def ask(
         invocation.out.line(answer["text"])
         invocation.out.line()
         invocation.out.line(f"by {made_by(answer)}", style="dim")
-        invocation.out.line(f"base {answer['base']}, {answer['new_tokens']} tokens", style="dim")
+        signal = f", request {answer['signal'][:8]} (arrowmoe feedback good|bad)" if answer["signal"] else ""
+        invocation.out.line(f"base {answer['base']}, {answer['new_tokens']} tokens{signal}", style="dim")
         if answer["fetched"]:
             invocation.out.line(f"fetched from a peer to answer: {', '.join(answer['fetched'])}", style="dim")
 
