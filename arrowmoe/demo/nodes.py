@@ -19,6 +19,7 @@ START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 300.0
 LOG_LINES = 20
+POLL_S = 0.2
 KEPT_VARIABLES = frozenset({"ARROWMOE_CACHE_DIR", "ARROWMOE_DEBUG"})
 
 
@@ -50,9 +51,20 @@ class NodeProcess:
                 time.sleep(0.02)
         return self._record
 
-    def call(self, method: str, **params: Any) -> Any:
+    def call(self, method: str, *, on_progress: control.Progress | None = None, **params: Any) -> Any:
         """Ask the node, as the command line does."""
-        return control.call(self.record, method, params, timeout_s=ANSWER_TIMEOUT_S)
+        return control.call(self.record, method, params, on_progress=on_progress, timeout_s=ANSWER_TIMEOUT_S)
+
+    def wait_for_models(self) -> tuple[str, ...]:
+        """Their names, once all are loaded. Raises `DemoError` for one that could not be."""
+        models = self.call("status")["models"]
+        while any(model["state"] in ("waiting", "loading") for model in models):
+            time.sleep(POLL_S)
+            models = self.call("status")["models"]
+        for model in models:
+            if model["error"]:
+                raise DemoError(f"{self.name} could not load {model['model']}: {model['error']}")
+        return tuple(model["name"] for model in models)
 
     def log_tail(self) -> str:
         """The last lines that the node said."""
@@ -74,18 +86,20 @@ class NodeProcess:
 
 
 @contextmanager
-def node_process(name: str, directory: Path, *, bases: Sequence[str] = ()) -> Iterator[NodeProcess]:
-    """A node called `name`, its home and its log under `directory`, until the exit."""
+def node_process(
+    name: str, directory: Path, *, bases: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[NodeProcess]:
+    """A node called `name`, its home and its log under `directory`, until the exit; `variables` are settings of it."""
     home, log = directory / name, directory / f"{name}.log"
     options = [option for base in bases for option in ("--base", base)]
     command = [sys.executable, "-m", "arrowmoe", "--home", str(home), "node", "start", "--name", name, *options]
-    with log.open("wb") as stream:
+    with log.open("ab") as stream:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=_environment(os.environ, directory),
+            env=_environment(os.environ, directory) | dict(variables or {}),
             start_new_session=True,  # a Ctrl-C is for the demo, which ends its nodes in order
         )
     node = NodeProcess(process, name=name, home=home, log=log)

@@ -78,6 +78,11 @@ def shipped_cards() -> tuple[ShippedCard, ...]:
     )
 
 
+def family(part: str) -> tuple[Example, ...]:
+    """What the demo's night learns: `asked` of node A and known to the teacher, or `heldout`, known to nobody."""
+    return _examples(DATA / f"part-finder.{part}.jsonl")
+
+
 def spread(examples: tuple[Example, ...], count: int) -> tuple[Example, ...]:
     """At most `count` examples, evenly spread: the sets are written subject by subject."""
     count = min(count, len(examples))

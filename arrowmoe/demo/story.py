@@ -1,4 +1,4 @@
-"""The demo, step by step: start, find, copy, load, answer, score, end."""
+"""The demo, step by step: start, find, copy, load, answer, score, grow an expert, end."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 from arrowmoe.demo import asking, events
 from arrowmoe.demo.events import Answered, Event, Scored, Waiting
-from arrowmoe.demo.nodes import DemoError, NodeProcess, node_process
+from arrowmoe.demo.night import night
+from arrowmoe.demo.nodes import POLL_S, DemoError, NodeProcess, node_process
 from arrowmoe.demo.shipped import BASES, ShippedCard, shipped_cards
 from registry.errors import ArrowMoEError
 from registry.format import LoRAFormat
 from registry.store import Registry
 
 FIND_TIMEOUT_S = 12.0
-POLL_S = 0.2
-EXAMPLES, FAST_EXAMPLES = 20, 8
+EXAMPLES = 20
 
 
 class Clock:
@@ -41,8 +41,9 @@ class Clock:
 
 
 def run(*, fast: bool = False, keep: bool = False) -> Generator[Event, None, None]:
-    """Run the demo; nothing of it is left when the iterator ends or is closed, but the homes if `keep`.
+    """Run the demo, without its night if `fast`.
 
+    Nothing of it is left when the iterator ends or is closed, but the homes if `keep`.
     Raises `DemoError` where a step fails.
     """
     cards, clock = shipped_cards(), Clock()
@@ -58,7 +59,12 @@ def run(*, fast: bool = False, keep: bool = False) -> Generator[Event, None, Non
         stack.enter_context(_explained(a, b))
         yield from _share(a, b, clock)
         yield from _load(b, clock)
-        problems = yield from _work(b, cards, clock, examples=FAST_EXAMPLES if fast else EXAMPLES)
+        problems = yield from _work(b, cards, clock)
+        if not fast:
+            a.end()
+            problems += yield from night(directory, b)
+            clock.lap("night")
+        yield Waiting(text="ending both nodes")
     clock.lap("end")
     kept = str(directory) if keep else None
     yield events.Ended(seconds=clock.total(), phases=clock.phases, kept=kept, problems=problems)
@@ -149,20 +155,12 @@ def _only_peer(report: dict[str, Any]) -> dict[str, Any]:
 def _load(b: NodeProcess, clock: Clock) -> Iterator[Event]:
     """Wait for B's models, which were loading all the while."""
     yield Waiting(text="B loads its models (at the first start ever, it converts one)")
-    models = b.call("status")["models"]
-    while any(model["state"] in ("waiting", "loading") for model in models):
-        time.sleep(POLL_S)
-        models = b.call("status")["models"]
-    for model in models:
-        if model["error"]:
-            raise DemoError(f"B could not load {model['model']}: {model['error']}")
+    models = b.wait_for_models()
     clock.lap("load")
-    yield events.Ready(models=tuple(model["name"] for model in models), seconds=clock.total())
+    yield events.Ready(models=models, seconds=clock.total())
 
 
-def _work(
-    b: NodeProcess, cards: Sequence[ShippedCard], clock: Clock, *, examples: int
-) -> Generator[Event, None, tuple[str, ...]]:
+def _work(b: NodeProcess, cards: Sequence[ShippedCard], clock: Clock) -> Generator[Event, None, tuple[str, ...]]:
     """B answers the prompts and scores the cards; returns what is not as it should be."""
     answered: list[Answered] = []
     scored: list[Scored] = []
@@ -173,10 +171,9 @@ def _work(
     clock.lap("answer")
     for card in cards:
         yield Waiting(text=f"B scores {card.name} on held-out examples")
-        scored.append(asking.score(b, card, examples=examples))
+        scored.append(asking.score(b, card, examples=EXAMPLES))
         yield scored[-1]
     clock.lap("score")
-    yield Waiting(text="ending both nodes")
     return _problems(answered, scored)
 
 

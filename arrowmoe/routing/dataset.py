@@ -65,20 +65,28 @@ def routing_prompt(text: str, names: Sequence[str]) -> list[Message]:
     ]
 
 
-def read_examples(path: Path) -> list[RoutingExample]:
-    """The rows of a JSONL file. Raises one `RoutingDataError` that lists every bad row with its line."""
+def read_examples(path: Path, *, card: str | None = None) -> list[RoutingExample]:
+    """The rows of a JSONL file; plain rows that name no card are of `card`, if that is given.
+
+    Raises one `RoutingDataError` that lists every bad row with its line.
+    """
     examples: list[RoutingExample] = []
     problems: list[str] = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            examples.append(_example(json.loads(line)))
+            examples.append(_example(_of_card(json.loads(line), card)))
         except ValueError as error:  # JSON's own errors and UTF-8's are ValueErrors
             problems.append(f"{path}:{number}: {error}")
     if problems:
         raise RoutingDataError(_listed(problems), hint="mend these rows; none of the file was used")
     return examples
+
+
+def _of_card(row: Any, card: str | None) -> Any:
+    plain = isinstance(row, dict) and "text" in row
+    return row | {"card": card} if plain and card is not None and "card" not in row else row
 
 
 def write_dataset(

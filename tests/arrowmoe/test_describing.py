@@ -122,6 +122,13 @@ def test_prompts_are_lines_or_rows(tmp_path: Path) -> None:
     assert read_prompts(rows, "a") == ([RoutingExample(text="x", card="a", label="l")], 2)
 
 
+def test_rows_that_name_no_card_are_of_the_one_that_is_described(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two", "card": "other"}\n{"text": "three", "card": null}\n')
+    own, others = read_prompts(path, "mine")
+    assert ([row.text for row in own], others) == (["one"], 2)
+
+
 def test_an_empty_dataset_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(RoutingDataError, match="expected rows"):

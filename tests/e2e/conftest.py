@@ -39,13 +39,17 @@ def demo_environment(directory: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
-    directory = tmp_path_factory.mktemp("demo")
+    """Without its night, which takes minutes."""
+    return run_demo(tmp_path_factory.mktemp("demo"), "--fast", timeout_s=280)
+
+
+def run_demo(directory: Path, *options: str, timeout_s: float) -> DemoRun:
     done = subprocess.run(
-        [sys.executable, "-m", "arrowmoe", "demo"],
+        [sys.executable, "-m", "arrowmoe", "demo", *options],
         env=demo_environment(directory),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout_s,
         check=False,
     )
     return DemoRun(directory=directory, code=done.returncode, output=done.stdout, errors=done.stderr)

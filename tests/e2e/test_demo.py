@@ -13,7 +13,7 @@ import pytest
 from arrowmoe import demo
 from arrowmoe.demo import story
 from arrowmoe.demo.shipped import PROMPTS, shipped_cards
-from tests.e2e.conftest import DemoRun, demo_environment, processes_in
+from tests.e2e.conftest import DemoRun, demo_environment, processes_in, run_demo
 
 pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("demo")]
 
@@ -59,6 +59,26 @@ def test_every_card_helps_on_its_held_out_examples(demo_run: DemoRun) -> None:
 def test_it_fits_a_terminal(demo_run: DemoRun) -> None:
     assert max(map(len, demo_run.output.splitlines())) <= 100
     assert demo_run.output.isascii() or set(re.findall(r"[^\x00-\x7f]", demo_run.output)) <= {"…", "’", "→"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_night_grows_an_expert_that_the_other_node_answers_with(tmp_path: Path) -> None:
+    run = run_demo(tmp_path, timeout_s=1400)
+    assert run.code == 0, run.errors
+    assert "40 of 40 fit no card, 0 are answered right" in run.output
+    losses = [float(loss) for loss in re.findall(r"step +\d+ of \d+ +([\d.]+)", run.output)]
+    assert losses[-1] < losses[0] / 4
+    shares = re.search(
+        r"24 questions that nobody taught: (\d+) go to it,\n +(\d+)% are right without, (\d+)% with", run.output
+    )
+    assert shares is not None
+    routed, bare, with_card = map(int, shares.groups())
+    assert routed >= 20
+    assert bare == 0
+    assert with_card >= 80
+    assert run.processes_left() == []
+    assert list(run.directory.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

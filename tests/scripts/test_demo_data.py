@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from scripts.demo_cards import cards, data, dates, logs, reviews, tickets
+from scripts.demo_cards import cards, data, dates, logs, parts, reviews, tickets
 from scripts.demo_cards.data import Labelled, Pair, Split
 
 SHIPPED = Path(__file__).parents[2] / "arrowmoe" / "demo_data"
@@ -167,3 +167,13 @@ def test_putting_a_card_replaces_its_entry_and_keeps_the_order(tmp_path: Path) -
         {"name": "iso-dates", "version": 1},
         {"name": "log-severity", "version": 2},
     ]
+
+
+def test_the_night_s_family_is_shipped_as_it_is_made_and_nobody_teaches_what_is_held_out() -> None:
+    made = parts.part_finder()
+    shipped = {part: read_jsonl(f"part-finder.{part}.jsonl") for part in ("gold", "asked", "heldout")}
+    assert shipped["gold"] == [asdict(pair) for pair in made.train]
+    assert shipped["asked"] == shipped["gold"][: parts.ASKED_SIZE]
+    assert shipped["heldout"] == [asdict(pair) for pair in made.heldout]
+    assert not {row["answer"] for row in shipped["gold"]} & {row["answer"] for row in shipped["heldout"]}
+    assert len({row["answer"] for row in shipped["gold"]}) == parts.GOLD_SIZE
