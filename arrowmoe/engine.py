@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, overload
 import numpy as np
 
 import arrowmoe
-from arrowmoe.base_model import BaseModel, Kind, load_base_model, same_base
+from arrowmoe.base_model import BaseModel, Kind, load_base_model
+from arrowmoe.base_names import same_base
 from arrowmoe.encoding import encode_batch
 from arrowmoe.errors import AdapterMismatchError, EngineError, GateError, PromptError, RoutingError, UnknownAdapterError
 from arrowmoe.features import Vectors

@@ -8,40 +8,36 @@ What the night asks of the rest of arrowmoe it is given here; nothing in `evolut
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from typing import Self
 
-from arrowmoe.base_model import same_base
+from arrowmoe.base_names import same_base
 from arrowmoe.engine import ArrowEngine
 from arrowmoe.errors import RoutingError
 from arrowmoe.inference import Inference
+from arrowmoe.night_teachers import NightlyTeacher, is_told_prompts, teacher_of
 from arrowmoe.routing.router import LoRARouter
 from arrowmoe.routing.statistics import CardStatistics
-from arrowmoe.settings import EvolutionSettings, Settings, TeacherSettings
+from arrowmoe.settings import EvolutionSettings, Settings
 from arrowmoe.signalling import SignalRecorder, signal_store
 from arrowmoe.students import EngineStudents, NightRoutes
-from evolution.budget import Budget, Price
-from evolution.cloud_distiller import CloudDistiller
-from evolution.errors import TeacherError
 from evolution.executors import Executor, LocalProcess
 from evolution.gaps import Clustering
 from evolution.gate import Bars
 from evolution.journal import SCHEDULE, Journal, Now, utc_now
-from evolution.protocols import Example, Routes, Students, Teacher, Theme
+from evolution.protocols import Routes, Students, Teacher
 from evolution.schedule import POLL_S, NightSchedule, NightWatch
-from evolution.skill_distiller import MLP, Recipe, SkillDistiller
+from evolution.skill_distiller import Recipe, SkillDistiller
 from evolution.skill_factory import Nightly, NightReport, SkillFactory
 from evolution.survey import Fetch, Surveying, Surveyor
-from evolution.teacher_line import Endpoint
-from evolution.teachers import Agreeing
 from evolution.training_job import FineTuning, ModelSpec
 from evolution.withdrawal import Withdrawer
-from registry.database import Database
+from registry.entries import CardEntry
 from registry.errors import RegistryError
 from registry.logs import get_logger
 from registry.store import Registry
@@ -68,6 +64,7 @@ class Evolution:
         surveying: Surveying | None = None,
         executor: Executor | None = None,
         fetch: Fetch | None = None,
+        after: Callable[[], object] = lambda: None,
         now: Now = utc_now,
         poll_s: float = POLL_S,
     ) -> None:
@@ -75,7 +72,7 @@ class Evolution:
         self.signals = signal_store(registry.database, settings, now)
         self.journal = Journal(registry.database, now=now)
         self._expression = settings.schedule
-        self._teacher, self._now, self._running = teacher, now, threading.Lock()
+        self._teacher, self._now, self._after, self._running = teacher, now, after, threading.Lock()
         self._stopping, self._poll_s = threading.Event(), poll_s
         self._watch: NightWatch | None = None
         memory_bytes = None if settings.memory_gib is None else int(settings.memory_gib * 2**30)
@@ -111,12 +108,12 @@ class Evolution:
 
     def run(self, planned_at: datetime | None = None) -> NightReport | None:
         """Run a night: the one planned for `planned_at`, else one for now. None if it was begun before."""
-        with self._running:
+        with self._working():
             return self.factory.night(planned_at or self._now(), cancelled=self._stopping.is_set)
 
     def resume(self) -> list[NightReport]:
         """Carry on what a killed process left."""
-        with self._running:
+        with self._working():
             return self.factory.resume(cancelled=self._stopping.is_set)
 
     def start(self) -> None:
@@ -124,7 +121,7 @@ class Evolution:
         if self.journal.note(SINCE) is None:
             self.journal.keep_note(SINCE, {"at": self._now().isoformat()})
         self._watch = NightWatch(
-            self._schedule, last=self._last, begin=self.run, first=self.resume, now=self._now, poll_s=self._poll_s
+            self._schedule, last=self._last, begin=self.run, resume=self.resume, now=self._now, poll_s=self._poll_s
         )
         self._watch.start()
 
@@ -143,6 +140,15 @@ class Evolution:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """One night at a time; at its end whoever serves takes up what was published."""
+        with self._running:
+            try:
+                yield
+            finally:
+                self._after()
+
     def _last(self, now: datetime) -> datetime | None:
         """The last night, or since when the clock is watched: what was due before is nobody's."""
         since = self.journal.note(SINCE)
@@ -156,66 +162,24 @@ class Evolution:
         return NightSchedule(expression) if expression else None
 
 
-class NightlyTeacher:
-    """A `Teacher` at the settings' endpoint, with a budget for each night, asked several times where that is wanted."""
+class _Following:
+    """Brings to a router what its registry has got or lost since; what the router was given besides stays."""
 
-    def __init__(self, database: Database, teacher: TeacherSettings, evolution: EvolutionSettings, now: Now) -> None:
-        self._database, self._settings, self._evolution, self._now = database, teacher, evolution, now
-        self._distiller: CloudDistiller | None = None
-        self._asked: Teacher | None = None
+    def __init__(self, router: LoRARouter, registry: Registry, base: str) -> None:
+        self._router, self._registry, self._base = router, registry, base
+        self._known = self._newest()
 
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self._settings.model
+    def __call__(self) -> None:
+        newest = self._newest()
+        for digest in self._known.keys() - newest.keys():
+            self._router.unregister(digest)
+        for digest in newest.keys() - self._known.keys():
+            self._router.register_card(newest[digest], CardStatistics.of_card(self._registry.get(digest)))
+        self._known = newest
 
-    def begin(self, account: str) -> None:
-        """Spend from `account` from now on."""
-        self.close()
-        chosen = self._settings
-        budget = Budget(
-            self._database,
-            account,
-            limit_microusd=round(self._evolution.budget_usd * 1e6),
-            limit_tokens=self._evolution.budget_tokens,
-            now=self._now,
-        )
-        self._distiller = CloudDistiller(_endpoint(chosen), budget, policy=chosen.disclosure, now=self._now)
-        self._asked = Agreeing(self._distiller, votes=chosen.votes) if chosen.votes > 1 else self._distiller
-
-    def close(self) -> None:
-        """Let go of the line."""
-        if self._distiller is not None:
-            self._distiller.close()
-        self._distiller = self._asked = None
-
-    def answer(self, prompts: Sequence[str], *, theme: Theme) -> list[str | None]:
-        """An answer to each prompt; None where the votes do not agree."""
-        return self._now_asked().answer(prompts, theme=theme)
-
-    def write(self, theme: Theme, count: int, *, avoid: Sequence[str] = ()) -> list[Example]:
-        """About `count` new examples of `theme`."""
-        return self._now_asked().write(theme, count, avoid=avoid)
-
-    def _now_asked(self) -> Teacher:
-        if self._asked is None:
-            self.begin(f"day-{self._now():%Y-%m-%d}")
-        assert self._asked is not None
-        return self._asked
-
-
-class NobodyTeaches:
-    """The teacher of a node that names none: gaps are found, and stay open."""
-
-    name = "nobody"
-
-    def answer(self, prompts: Sequence[str], *, theme: Theme) -> list[str | None]:
-        """Nothing. Raises `TeacherError`."""
-        raise _no_teacher()
-
-    def write(self, theme: Theme, count: int, *, avoid: Sequence[str] = ()) -> list[Example]:
-        """Nothing. Raises `TeacherError`."""
-        raise _no_teacher()
+    def _newest(self) -> dict[str, CardEntry]:
+        entries = self._registry.newest()
+        return {one.digest: one for one in entries if one.base_name and same_base(one.base_name, self._base)}
 
 
 def evolution_of_node(
@@ -223,25 +187,23 @@ def evolution_of_node(
 ) -> Evolution:
     """The night of a node, or of a command that loads models itself, with the settings' teacher."""
     chosen = settings.evolution
-    teacher: Teacher = NobodyTeaches()
-    if settings.teacher.model:
-        teacher = NightlyTeacher(registry.database, settings.teacher, chosen, utc_now)
 
     def models(base: str) -> ModelSpec:
         model = inference.model_of(base)
-        return ModelSpec(model=model, name=base, dtype=settings.dtype, device=settings.device)
+        # A frozen base loses nothing that training would miss, and its passes take half as long.
+        dtype = "bfloat16" if inference.engine(base).base.kind == "causal" else settings.dtype
+        return ModelSpec(model=model, name=base, dtype=dtype, device=settings.device)
 
-    recipe = recipe_of(chosen)
     return Evolution(
         registry,
         students=EngineStudents(inference.engine),
         routes=NightRoutes(
             inference.featurizer, inference.index_into, policy=inference.policy(), cache=settings.cache_dir
         ),
-        teacher=teacher,
+        teacher=teacher_of(registry.database, settings, inference),
         models=models,
         settings=chosen,
-        recipe=replace(recipe, asks_prompts=settings.teacher.disclosure in ("redacted", "full")),
+        recipe=replace(recipe_of(chosen), asks_prompts=is_told_prompts(settings.teacher)),
         fetch=fetch,
     )
 
@@ -287,6 +249,7 @@ def evolution_of_engine(
         recipe=recipe,
         surveying=surveying,
         executor=executor,
+        after=_Following(router, registry, engine.name),
     )
     engine.observer = SignalRecorder(evolution.signals)
     return evolution
@@ -295,7 +258,8 @@ def evolution_of_engine(
 def recipe_of(settings: EvolutionSettings) -> Recipe:
     """How the settings want experts grown."""
     return Recipe(
-        tuning=FineTuning(rank=settings.rank, alpha=2 * settings.rank, steps=settings.steps, targets=MLP),
+        tuning=FineTuning(rank=settings.rank, alpha=2 * settings.rank, steps=settings.steps, learning_rate=2e-3),
+        targets=settings.targets,
         most_examples=settings.most_examples,
         bars=Bars(alpha=settings.alpha),
     )
@@ -305,35 +269,8 @@ def _surveying(settings: EvolutionSettings) -> Surveying:
     return Surveying(samples=settings.tier1_samples, clustering=Clustering(least_prompts=settings.least_prompts))
 
 
-def _endpoint(settings: TeacherSettings) -> Endpoint:
-    """Where the settings' teacher is. Raises `TeacherError` where its key is missing."""
-    key = os.environ.get(settings.key_variable, "")
-    if not key:
-        raise TeacherError(
-            f"expected the teacher's key in the variable {settings.key_variable}, which is not set",
-            hint="set it, or name another with teacher.key_variable; a local server takes any word",
-        )
-    return Endpoint(
-        model=settings.model,
-        api_key=key,
-        price=Price(prompt_usd_per_million=settings.prompt_usd, completion_usd_per_million=settings.completion_usd),
-        timeout_s=settings.timeout_s,
-        concurrency=settings.concurrency,
-        base_url=settings.base_url,
-    )
-
-
-def _no_teacher() -> TeacherError:
-    return TeacherError(
-        "nobody teaches this node, so gaps are found and stay open",
-        hint="name a teacher: teacher.model and teacher.base_url in the settings, its key in the environment",
-    )
-
-
 __all__ = [
     "Evolution",
-    "NightlyTeacher",
-    "NobodyTeaches",
     "evolution_of_engine",
     "evolution_of_node",
     "recipe_of",

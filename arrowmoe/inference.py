@@ -11,10 +11,10 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import arrowmoe
+from arrowmoe.base_names import logical_name
 from arrowmoe.errors import EngineError
 from arrowmoe.settings import Settings
 from arrowmoe.swarm import Offer
@@ -142,9 +142,11 @@ class Inference:
     def generate(
         self, prompts: Sequence[str], *, base: str | None = None, adapter: Adapter = None, **sampling: Any
     ) -> list[Generation]:
-        """Answer `prompts` as one batch, not routed: `adapter` may be one for all, or a list with one per row."""
+        """Answer `prompts` as one batch: `adapter` may be one for all, "auto", or a list with one per row."""
         engine = self.engine(base)
         self._forget_removed(engine)
+        if adapter == "auto":
+            adapter = self._routed(engine, prompts)
         chat = engine.base.tokenizer.chat_template is not None
         messages = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
         made: list[Generation] = engine.generate(messages, adapter=adapter, **sampling)
@@ -339,15 +341,4 @@ def _is_ready(future: Future[ArrowEngine]) -> bool:
     return future.done() and future.exception() is None
 
 
-def logical_name(model: str) -> str:
-    """The name that cards know base model `model` by, without loading it."""
-    builtin = arrowmoe.BUILTINS.get(model)
-    if builtin is not None:
-        return builtin.name
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        return path.stem
-    return path.resolve().name if path.is_dir() else model
-
-
-__all__ = ["Inference", "Offers", "logical_name"]
+__all__ = ["Inference", "Offers"]

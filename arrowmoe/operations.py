@@ -13,9 +13,11 @@ import arrowmoe
 from arrowmoe import views
 from arrowmoe.control import Handler, Progress
 from arrowmoe.inference import Inference
+from arrowmoe.settings import Settings
 from federation.sync import PeerReport, SyncReport
 
 if TYPE_CHECKING:
+    from arrowmoe.evolving import Evolution
     from arrowmoe.routing import Opinion
 
 Params = Mapping[str, Any]
@@ -25,8 +27,19 @@ class Served(Protocol):
     """What the handlers ask of a node."""
 
     @property
+    def settings(self) -> Settings:
+        """How the node is set."""
+
+    @property
     def inference(self) -> Inference:
         """What answers requests; there once the node is started."""
+
+    @property
+    def evolution(self) -> Evolution:
+        """What grows experts; waits for the embedder."""
+
+    def watch_nights(self) -> None:
+        """Have nights begin by the schedule that is set now."""
 
     def status(self) -> dict[str, Any]:
         """What the node is doing, as JSON."""
@@ -48,6 +61,10 @@ def node_handlers(node: Served) -> Mapping[str, Handler]:
         node.stop()
         return {"stopping": True, "pid": os.getpid()}
 
+    def watch(params: Params, progress: Progress) -> Any:
+        node.watch_nights()
+        return {"watching": True}
+
     return {
         "status": lambda params, progress: node.status(),
         "stop": stop,
@@ -57,6 +74,10 @@ def node_handlers(node: Served) -> Mapping[str, Handler]:
         "ask": _late("ask", node),
         "generate": _late("generate", node),
         "encode": _late("encode", node),
+        "evolve_run": lambda params, progress: arrowmoe.evolution_commands.run(
+            node.evolution, node.settings, params, progress
+        ),
+        "evolve_watch": watch,
     }
 
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from arrowmoe.base_names import logical_name
 from arrowmoe.describing import Indexed, indexed, read_dataset
 from arrowmoe.errors import RoutingError
 from arrowmoe.features import Features
-from arrowmoe.inference import logical_name
 from arrowmoe.router_commands import Json, Workbench
 from arrowmoe.routing import heads
 from arrowmoe.routing.dataset import RoutingExample

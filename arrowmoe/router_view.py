@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arrowmoe.base_model import same_base
-from arrowmoe.inference import logical_name
+from arrowmoe.base_names import logical_name, same_base
 from arrowmoe.settings import Settings
 from registry.card import LoRACard
 from registry.entries import CardEntry

@@ -90,7 +90,10 @@ class TeacherSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(default="", description="its model; empty: nobody teaches, gaps are only found")
+    model: str = Field(
+        default="",
+        description="its model, local:BASE or file:PATH.jsonl; empty: nobody teaches, gaps are only found",
+    )
     base_url: str = Field(default="https://api.openai.com/v1", min_length=1, description="its address")
     key_variable: str = Field(default="OPENAI_API_KEY", min_length=1, description="variable that holds its key")
     prompt_usd: float = Field(default=0.0, ge=0, description="price of a million tokens that it reads")
@@ -124,6 +127,9 @@ class EvolutionSettings(BaseModel):
     budget_tokens: int = Field(default=2_000_000, ge=0, description="most tokens that one night may spend")
     steps: int = Field(default=120, ge=1, description="most training steps of one expert")
     rank: int = Field(default=8, ge=1, le=256, description="rank of experts")
+    targets: Literal["mlp", "all", "hot"] = Field(
+        default="mlp", description="layers that experts of language models adapt; hot: those that a probe finds"
+    )
     memory_gib: float | None = Field(default=None, gt=0, description="most memory that a training may take")
     alpha: float = Field(default=0.05, gt=0, lt=1, description="share of published experts that may be idle")
 

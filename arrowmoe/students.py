@@ -38,7 +38,7 @@ class EngineStudent:
 
     def __init__(self, engine: ArrowEngine) -> None:
         self._engine = engine
-        self._before = {loaded.digest for loaded in engine.list_loras()}
+        self._candidates: set[str] = set()
 
     @property
     def base(self) -> str:
@@ -51,10 +51,10 @@ class EngineStudent:
         return self._engine.base.kind
 
     def close(self) -> None:
-        """Unload what was loaded for the night."""
-        for loaded in self._engine.list_loras():
-            if loaded.digest not in self._before:
-                self._engine.remove_lora(loaded.digest)
+        """Unload candidates; a card of the registry stays, for somebody may be answered with it just now."""
+        for digest in self._candidates:
+            self._engine.remove_lora(digest)
+        self._candidates.clear()
 
     def answer(
         self,
@@ -124,6 +124,8 @@ class EngineStudent:
         names: dict[str, str] = {}
         for use in {id(use): use for use in uses if use is not None}.values():
             card = use.card if isinstance(use.card, LoRACard) else self._registered(use.card)
+            if isinstance(use.card, LoRACard) and card.digest not in {one.digest for one in self._engine.list_loras()}:
+                self._candidates.add(card.digest)
             names[self._engine.hold(card).digest] = card.name
         return Gates.of([{} if use is None else {_digest(use): use.scale} for use in uses], names)
 
@@ -167,50 +169,35 @@ class NightRoutes:
     ) -> None:
         self._featurizer = RememberingFeaturizer(featurizer)
         self._register, self._policy, self._cache = register, policy, cache
-        self._router: LoRARouter | None = None
+        self._probed = LoRARouter(self._featurizer, cache=cache)
 
     @property
     def embedder(self) -> str:
         """Name of the space of `features`."""
         return self._featurizer.embedder
 
-    @property
-    def router(self) -> LoRARouter:
-        """The router over the cards as they were when it was first asked for."""
-        if self._router is None:
-            self._router = LoRARouter(self._featurizer, policy=self._policy, cache=self._cache)
-            self._register(self._router)
-        return self._router
-
-    def refresh(self) -> None:
-        """Look at the cards anew when next asked."""
-        self._router = None
-
     def features(self, texts: Sequence[str]) -> Vectors:
         """Texts → unit rows (n, d)."""
         if not texts:
-            return np.zeros((0, len(self.router.probe.mean)), dtype=np.float32)
+            return np.zeros((0, len(self._probed.probe.mean)), dtype=np.float32)
         return self._featurizer.features(texts).vectors
 
     def covers(self, texts: Sequence[str], *, base: str, candidate: LoRACard | None = None) -> list[Cover]:
-        """Which card each text would be given, were `candidate` among those that are there."""
+        """Which card each text would be given, were `candidate` among the cards that are there now."""
         if not texts:
             return []
-        router = self.router
-        if candidate is None:
-            return [_cover(decision) for decision in router.route_texts(texts, base=base).decisions]
-        try:
+        router = LoRARouter(self._featurizer, policy=self._policy, cache=self._cache)
+        self._register(router)
+        if candidate is not None:
             for digest, profile in router.profiles().items():
                 if (profile.name, profile.base_name) == (candidate.name, candidate.base_name):
                     router.unregister(digest)  # of two versions the newer one is routed to
             router.register_card(candidate, CardStatistics.of_card(candidate))
-            return [_cover(decision) for decision in router.route_texts(texts, base=base).decisions]
-        finally:
-            self.refresh()
+        return [_cover(decision) for decision in router.route_texts(texts, base=base).decisions]
 
     def describe(self, card: LoRACard, prompts: Sequence[str], held_out: Sequence[str]) -> LoRACard:
         """`card` with routing statistics of `prompts`, calibrated on `held_out`; unsigned."""
-        describer = Describer(featurizer=self._featurizer, probe=self.router.probe)
+        describer = Describer(featurizer=self._featurizer, probe=self._probed.probe)
         return describer.described(card, _rows(prompts, card), held_out=_rows(held_out, card))
 
 

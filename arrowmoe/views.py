@@ -284,7 +284,7 @@ def teacher_call(call: TeacherCall) -> Json:
 
 
 def gate(evidence: object) -> Json | None:
-    """The evidence of a gate in short; None where there is none. A peer may have written it, so nothing is relied on."""
+    """The evidence of a gate in short; None for none. A peer may have written it: nothing is relied on."""
     if not isinstance(evidence, Mapping) or "against" not in evidence:
         return None
     rise = ("losses", "served_rise_nats")

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from evolution.errors import TrainingError
+from evolution.targets import spelled_out
 from evolution.training_data import IGNORED, Encoded, Pair, batches, encode, pad
-from evolution.training_job import LLAMA_LINEAR, FineTuning
+from evolution.training_job import FineTuning
 from registry.logs import get_logger
 
 LOG_EVERY: Final = 10
@@ -53,9 +54,10 @@ def attach(
 ) -> Any:
     """`model` with a fresh fp32 adapter, the only weights that train; `base_name` is the logical name it will carry.
 
-    `rank_pattern` gives modules, by their whole path, another rank at the same scale, alpha / rank.
+    `rank_pattern` gives modules, by their whole path, another rank at the same scale, alpha / rank. Raises
+    `TrainingError` where the model has none of the targets.
     """
-    ranks = dict(rank_pattern or {})
+    tuning, ranks = spelled_out(model, tuning), dict(rank_pattern or {})
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
@@ -66,7 +68,13 @@ def attach(
         task_type=task_type,
     )
     torch.manual_seed(tuning.seed)
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise TrainingError(
+            f"expected targets that {type(model).__name__} has and PEFT can adapt, got {tuning.targets}: {error}",
+            hint='"mlp" and "all" are found in the model itself',
+        ) from error
     # PEFT would write the absolute path that the base was loaded from.
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
@@ -166,7 +174,6 @@ def _sort_targets(path: Path) -> None:
 
 
 __all__ = [
-    "LLAMA_LINEAR",
     "FineTuning",
     "Optimiser",
     "Pair",

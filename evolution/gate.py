@@ -174,7 +174,7 @@ def judge(exam: Results, bars: Bars) -> Verdict:
 
 def judge_drift(exam: Results, bars: Bars) -> Verdict:
     """Only whether anchors and losses hold, as a peer asks of a card that another node has published."""
-    anchors, fallen = _judge_anchors(exam.anchors, bars)
+    anchors, fallen = _judge_anchors(exam.anchors, bars) if exam.anchors else ({}, ())
     losses, risen = ({}, ()) if exam.losses is None else _judge_losses(exam.losses, bars)
     count = sum(len(anchor.base) for anchor in exam.anchors.values())
     # An encoder that nobody gave anchors is held by what the router takes from others (`evolution.skill_distiller`).

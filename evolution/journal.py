@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
@@ -196,13 +196,18 @@ class Journal:
                 session.flush()
             return _record(Job, row)
 
-    def claim(self, *, base: str | None = None, keys: str | None = None) -> Job | None:
+    def claim(self, *, base: str | None = None, keys: str | None = None, without: Collection[int] = ()) -> Job | None:
         """Take the most urgent job that is free (of `base`, with keys that begin with `keys`), under a lease."""
         with self._database.writing() as session:
             for row in session.scalars(_claimable(base, keys)):
-                if self._may_take(row) and self._take(row):
+                if row.id not in without and self._may_take(row) and self._take(row):
                     return _record(Job, row)
             return None
+
+    def is_free(self, *, keys: str) -> bool:
+        """Whether `claim` would find a job, or one to give up for good."""
+        with self._database.reading() as session:
+            return any(self._may_take(row) for row in session.scalars(_claimable(None, keys)))
 
     def job(self, job: int) -> Job:
         """A job by number. Raises `JobError`."""
@@ -369,4 +374,4 @@ def _record(kind: type[_Record], row: Any) -> _Record:
     return kind(**{one.name: getattr(row, one.name) for one in fields(kind)})
 
 
-__all__ = ["SCHEDULE", "GapRecord", "Job", "Journal", "NightRecord", "Now", "Step", "utc_now"]
+__all__ = ["DONE", "FAILED", "SCHEDULE", "GapRecord", "Job", "Journal", "NightRecord", "Now", "Step", "utc_now"]

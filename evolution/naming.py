@@ -42,7 +42,7 @@ def name_gap(prompts: Sequence[str], others: Sequence[str] = (), *, labels: Sequ
     """
     terms = key_terms(prompts, others)
     about = f"Requests about {', '.join(terms)}." if terms else "Requests that share no words which may be told."
-    return Theme(name=slug(terms[:_IN_NAME]), description=about, terms=terms, labels=tuple(labels))
+    return Theme(name=slug(sorted(terms[:_IN_NAME])), description=about, terms=terms, labels=tuple(labels))
 
 
 def key_terms(prompts: Sequence[str], others: Sequence[str] = (), *, count: int = TERMS) -> tuple[str, ...]:

@@ -2,31 +2,36 @@
 
     survey the signals of each base → grow the gaps, the most worth first → report
 
-The work is jobs in the journal, so a night that was killed goes on at the next start, where it stood. Bases rotate: the
-jobs of one are done before those of the next, so that one is loaded at a time.
+The work is jobs in the journal, so a night that was killed goes on at the next start, where it stood, and what a night
+had no time or budget for goes on in the next. Bases rotate: the jobs of one are done before those of the next, so that
+one is loaded at a time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
 from evolution.errors import BudgetSpentError, JobError
 from evolution.executors import Cancelled
-from evolution.journal import FAILED, Job, Journal
+from evolution.journal import DONE, FAILED, Job, Journal
 from evolution.protocols import Students
 from evolution.signals import SignalStore
 from evolution.skill_distiller import STAGES, SkillDistiller
-from evolution.survey import OPEN, Found, Surveyor
+from evolution.survey import FAILED as GAP_FAILED
+from evolution.survey import GROWING, LAPSED, OPEN, Found, Surveyor
 from evolution.withdrawal import Withdrawer
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 
 SURVEY, GROW = "survey", "grow"
+NIGHTS: Final = "night-"
+OVER: Final = (DONE, FAILED)
+CANCELLED, WINDOW_OVER, BUDGET_SPENT = "it was told to end", "the night's window is over", "the budget was spent"
 FIRST: Final = 1_000_000
 """Priority of surveys, above that of any gap."""
 
@@ -60,7 +65,7 @@ class NightReport:
             "published": published,
             "rejected": rejected,
             "failed": failed,
-            "unfinished": [job.key for job in self.jobs if job.state not in ("done", FAILED)],
+            "unfinished": [job.key for job in self.jobs if job.state not in OVER],
             "seconds": round(self.seconds, 1),
             "error": self.error,
         }
@@ -92,47 +97,64 @@ class SkillFactory:
         if number is None:
             return None
         log.info("night_begins", night=number, planned_at=planned_at.isoformat())
-        self._signals.prune()
-        for base in self._signals.counts():
-            self._journal.enqueue(f"{_prefix(number)}{SURVEY}/{base}", SURVEY, base, priority=FIRST, spec={})
         return self._run(number, planned_at, cancelled)
 
     def resume(self, *, cancelled: Cancelled | None = None) -> list[NightReport]:
-        """Carry on the nights that no process is working on any more."""
-        open_nights = [night for night in self._journal.nights() if night.ended is None]
+        """Carry on the nights that no process is working on any more, and that need not wait to try again."""
+        open_nights = [night for night in self._journal.nights() if night.ended is None and self._can_go_on(night.id)]
         return [self._run(night.id, night.planned_at, cancelled) for night in reversed(open_nights)]
 
     def preview(self) -> dict[str, list[Found]]:
         """The gaps that a night would find now, by base; nothing is entered, asked or trained."""
         return {base: self._surveyor.look(base) for base in self._signals.counts()}
 
+    def _can_go_on(self, night: int) -> bool:
+        jobs = self._journal.jobs(keys=_prefix(night))
+        return all(job.state in OVER for job in jobs) or self._journal.is_free(keys=_prefix(night))
+
     def _run(self, night: int, planned_at: datetime, cancelled: Cancelled | None) -> NightReport:
         start_s, error, base = self._monotonic_s(), None, None
+        self._enqueue_surveys(night)
         self._begin_budget(f"night-{night}")
-        while (job := self._next(night, base)) is not None:
+        worked, spent = set[int](), set[int]()
+        while (job := self._next(base, spent)) is not None:
             left_s = self._nightly.window_s - (self._monotonic_s() - start_s)
-            if left_s <= 0 or (cancelled is not None and cancelled()):
+            if left_s <= 0 or _true(cancelled):
                 self._journal.release(job)
-                error = "the night's window is over" if left_s <= 0 else "it was told to end"
+                error = CANCELLED if left_s > 0 else WINDOW_OVER
                 break
             base = job.base
-            self._work(job, night, left_s, cancelled)
-        jobs = tuple(self._journal.jobs(keys=_prefix(night)))
+            worked.add(job.id)
+            if self._work(job, night, left_s, cancelled):
+                spent.add(job.id)
+        self._give_back_gaps()
+        jobs = [
+            job for job in self._journal.jobs(keys=NIGHTS) if job.id in worked or job.key.startswith(_prefix(night))
+        ]
+        error = error or (BUDGET_SPENT if spent else None)
         report = NightReport(
-            night=night, planned_at=planned_at, jobs=jobs, seconds=self._monotonic_s() - start_s, error=error
+            night=night, planned_at=planned_at, jobs=tuple(jobs), seconds=self._monotonic_s() - start_s, error=error
         )
-        if all(job.state in ("done", FAILED) for job in jobs) or error == "the night's window is over":
-            self._journal.end_night(night, "done" if error is None else "cut short", report.to_json())
+        if error in (WINDOW_OVER, BUDGET_SPENT):
+            self._journal.end_night(night, "cut short", report.to_json())
+        elif all(job.state in OVER for job in self._journal.jobs(keys=_prefix(night))):
+            self._journal.end_night(night, "done", report.to_json())
         log.info("night_ends", night=night, **report.to_json())
         return report
 
-    def _next(self, night: int, base: str | None) -> Job | None:
-        """A job of the same base if there is one, else of another."""
-        same = self._journal.claim(keys=_prefix(night), base=base) if base is not None else None
-        return same or self._journal.claim(keys=_prefix(night))
+    def _enqueue_surveys(self, night: int) -> None:
+        """A survey of each base, unless they are there: a killed night begins here too."""
+        self._signals.prune()
+        for base in self._signals.counts():
+            self._journal.enqueue(f"{_prefix(night)}{SURVEY}/{base}", SURVEY, base, priority=FIRST, spec={})
 
-    def _work(self, job: Job, night: int, left_s: float, cancelled: Cancelled | None) -> None:
-        """One job to its end, or back into the queue with what went wrong."""
+    def _next(self, base: str | None, without: Collection[int]) -> Job | None:
+        """A job of the same base if there is one, else of another; those that earlier nights left are among them."""
+        same = self._journal.claim(keys=NIGHTS, base=base, without=without) if base is not None else None
+        return same or self._journal.claim(keys=NIGHTS, without=without)
+
+    def _work(self, job: Job, night: int, left_s: float, cancelled: Cancelled | None) -> bool:
+        """One job to its end, or back into the queue with what went wrong; whether its budget was spent."""
         try:
             if job.kind == SURVEY:
                 self._survey(job, night)
@@ -140,38 +162,72 @@ class SkillFactory:
                 self._distiller.grow(job, deadline_s=left_s, cancelled=cancelled)
         except BudgetSpentError as error:  # tomorrow has another budget
             log.warning("budget_spent", job=job.key, error=str(error))
-            self._journal.fail(job, str(error), for_good=True)
-        except JobError as error:
-            log.warning("job_lost", job=job.key, error=str(error))
-            self._fail_if_held(job, error)
+            self._put_back(job, error)
+            return True
         except (ArrowMoEError, OSError) as error:
-            log.warning("job_failed", job=job.key, error=str(error), attempt=job.attempts)
-            self._fail_if_held(job, error)
+            if _true(cancelled):
+                self._put_back(job, None)
+            else:
+                log.warning("job_failed", job=job.key, error=str(error), attempt=job.attempts)
+                self._put_back(job, error)
+        except Exception as error:  # a bug that one job meets must not end the night
+            log.exception("job_failed", job=job.key, attempt=job.attempts)
+            self._put_back(job, error)
+        return False
 
-    def _fail_if_held(self, job: Job, error: Exception) -> None:
+    def _put_back(self, job: Job, error: Exception | None) -> None:
+        """Into the queue, as an attempt that failed if there is an error."""
         try:
-            self._journal.fail(job, str(error))
+            if error is None:
+                self._journal.release(job)
+            else:
+                self._journal.fail(job, str(error) or type(error).__name__)
         except JobError:
             log.warning("job_taken_over", job=job.key)
 
     def _survey(self, job: Job, night: int) -> None:
         with self._journal.renewing(job), self._students.open(job.base) as student:
             withdrawn = () if self._withdrawer is None else self._withdrawer.withdraw(job.base)
+            growing = self._lapse(job.base, night)
             gaps = self._surveyor.survey(job.base, student, night=night)
-        for rank, gap in enumerate(gap for gap in gaps if gap.state == OPEN):
-            if rank < self._nightly.most_experts:
-                key = f"{_prefix(night)}{GROW}/{gap.id}"
-                spec = {"gap": gap.id}
-                self._journal.enqueue(key, GROW, job.base, priority=FIRST - 1 - rank, stage=STAGES[0], spec=spec)
-            else:
-                self._journal.settle_gap(gap.id, OPEN, f"{gap.why}; other gaps came first tonight")
+            free = max(0, self._nightly.most_experts - growing)
+            for rank, gap in enumerate(gap for gap in gaps if gap.state == OPEN):
+                if rank < free:
+                    key = f"{_prefix(night)}{GROW}/{gap.id}"
+                    spec = {"gap": gap.id}
+                    self._journal.enqueue(key, GROW, job.base, priority=FIRST - 1 - rank, stage=STAGES[0], spec=spec)
+                else:
+                    self._journal.settle_gap(gap.id, OPEN, f"{gap.why}; other gaps came first tonight")
+                    self._signals.release(gap.id)
+            states = Counter(gap.state for gap in gaps)
+            self._journal.finish(job, gaps=dict(states), withdrawn=list(withdrawn))
+
+    def _lapse(self, base: str, night: int) -> int:
+        """Let go of open gaps that nothing grows: they are surveyed anew. How many experts are or were tonight's."""
+        jobs = [job for job in self._journal.jobs(keys=NIGHTS) if job.kind == GROW]
+        growing = {job.spec["gap"] for job in jobs if job.state not in OVER}
+        for gap in self._journal.gaps(state=OPEN):
+            if gap.base == base and gap.id not in growing:
                 self._signals.release(gap.id)
-        states = Counter(gap.state for gap in gaps)
-        self._journal.finish(job, gaps=dict(states), withdrawn=list(withdrawn))
+                self._journal.settle_gap(gap.id, LAPSED, gap.why)
+        return sum(job.state not in OVER or job.key.startswith(_prefix(night)) for job in jobs)
+
+    def _give_back_gaps(self) -> None:
+        """What the gaps of jobs that were given up for good hold is queued again."""
+        for job in self._journal.jobs(keys=NIGHTS):
+            if job.kind == GROW and job.state == FAILED:
+                gap = self._journal.gap(job.spec["gap"])
+                if gap.state in (OPEN, GROWING):
+                    self._signals.release(gap.id)
+                    self._journal.settle_gap(gap.id, GAP_FAILED, f"given up: {job.outcome.get('error')}")
 
 
 def _prefix(night: int) -> str:
-    return f"night-{night}/"
+    return f"{NIGHTS}{night}/"
+
+
+def _true(cancelled: Cancelled | None) -> bool:
+    return cancelled is not None and cancelled()
 
 
 __all__ = ["NightReport", "Nightly", "SkillFactory"]

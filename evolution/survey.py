@@ -20,7 +20,9 @@ from evolution.journal import GapRecord, Journal
 from evolution.naming import name_gap
 from evolution.protocols import Floats, Routes, Student, Theme, Use
 from evolution.signals import Signal, SignalStore
+from registry.catalog import Catalog
 from registry.database import Database
+from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 
 ORDINARY = 400
@@ -30,7 +32,7 @@ FEW_ORDINARY = 50
 GROWTH = 1.5
 """A gap whose expert was rejected is tried again when it has so many times the prompts."""
 
-OPEN, GROWING, PUBLISHED, REJECTED, COVERED, FETCHED, WAITING = (
+OPEN, GROWING, PUBLISHED, REJECTED, COVERED, FETCHED, WAITING, FAILED, LAPSED = (
     "open",
     "growing",
     "published",
@@ -38,7 +40,10 @@ OPEN, GROWING, PUBLISHED, REJECTED, COVERED, FETCHED, WAITING = (
     "covered",
     "fetched",
     "waiting",
+    "failed",
+    "lapsed",
 )
+"""`FAILED`: growing was given up, `LAPSED`: nothing came of it before its requests were surveyed again."""
 
 Fetch = Callable[[str], object]
 """Brings a peer's card, by digest, into the registry."""
@@ -139,8 +144,9 @@ class Surveyor:
         return prompts if len(prompts) >= FEW_ORDINARY else [*prompts, *(one.prompt for one in replay())]
 
     def _sampled(self, signals: Sequence[Signal], student: Student) -> dict[str, float]:
-        """Tier 1: how far fresh answers to each signal's prompt agree."""
-        uses = [None if signal.card is None else Use(card=signal.card) for signal in signals]
+        """Tier 1: how far fresh answers to each signal's prompt agree; by the bare base where its card is gone."""
+        here = Catalog(self._database).digests()
+        uses = [Use(card=signal.card) if signal.card in here else None for signal in signals]
         draws = [
             student.answer(
                 [signal.prompt for signal in signals],
@@ -174,9 +180,8 @@ class Surveyor:
         return before[0] if before and size < GROWTH * before[0].size else None
 
     def _enter(self, found: Found, night: int | None) -> GapRecord:
+        found = self._brought(found) if found.state == FETCHED else found
         gap = found.gap
-        if found.state == FETCHED:
-            self._bring(found)
         number = self._journal.enter_gap(
             night,
             {
@@ -193,13 +198,18 @@ class Surveyor:
             self._signals.assign(number, gap.signals)
         return self._journal.gap(number)
 
-    def _bring(self, found: Found) -> None:
-        """Fetch the peer's card that covers a gap: cheaper than growing one."""
-        assert self._fetch is not None
+    def _brought(self, found: Found) -> Found:
+        """Fetch the peer's card that covers a gap: cheaper than growing one, unless the peer is gone."""
         covers = self._routes.covers(found.gap.prompts, base=found.gap.base)
         digest = coverage(covers).peer_digest
-        if digest is not None:
+        if self._fetch is None or digest is None:
+            return replace(found, state=OPEN)
+        try:
             self._fetch(digest)
+        except ArrowMoEError as error:
+            log.warning("card_not_fetched", digest=digest, error=str(error))
+            return replace(found, state=OPEN, why=f"{found.why}, which failed: {error}")
+        return found
 
 
 def theme_of(record: GapRecord) -> Theme:
@@ -210,8 +220,10 @@ def theme_of(record: GapRecord) -> Theme:
 
 __all__ = [
     "COVERED",
+    "FAILED",
     "FETCHED",
     "GROWING",
+    "LAPSED",
     "OPEN",
     "PUBLISHED",
     "REJECTED",

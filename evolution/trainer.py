@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
@@ -19,7 +20,9 @@ from evolution.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
 from evolution.contrastive import Contrast, Embed
 from evolution.errors import TrainingError
 from evolution.fine_tuning import Optimiser, attach, save_bf16
+from evolution.planning import planned
 from evolution.supervised import Answers
+from evolution.target_plan import PLAN, Plan
 from evolution.training_job import (
     ADAPTER,
     OnStep,
@@ -70,15 +73,16 @@ class ExpertTrainer:
         done = read_trained(job.output, fingerprint)
         if done is not None:
             return done
+        plan = planned(job, self._model, self._tokenizer, fingerprint)
         adapted = attach(
             self._model,
-            job.tuning,
+            job.tuning if plan is None else plan.tuning(job.tuning),
             base_name=job.base.name,
             task_type=TASK_TYPES[job.objective],
-            rank_pattern=job.rank_pattern,
+            rank_pattern=job.rank_pattern if plan is None else plan.rank_pattern(job.tuning),
         )
         try:
-            return _Run(job, adapted, self._loss(adapted), fingerprint, on_step).to_the_end()
+            return _Run(job, adapted, self._loss(adapted), _Identity.of(fingerprint, plan), on_step).to_the_end()
         finally:
             adapted.unload().eval()
 
@@ -100,9 +104,29 @@ class _State:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Identity:
+    """What a checkpoint must agree with."""
+
+    job: Digest
+    plan: Digest | None
+
+    @classmethod
+    def of(cls, fingerprint: Digest, plan: Plan | None) -> _Identity:
+        return cls(job=fingerprint, plan=None if plan is None else plan.digest())
+
+    def check(self, notes: Mapping[str, Any], path: Path) -> None:
+        same_job(notes["job"], self.job, path)
+        if notes["plan"] != self.plan:
+            raise TrainingError(
+                f"expected {path.name} of the plan in {PLAN}, got one of another, so training cannot go on from it",
+                hint=f"delete {path.parent} to begin again",
+            )
+
+
 class _Run:
-    def __init__(self, job: TrainingJob, adapted: Any, loss: Loss, fingerprint: Digest, on_step: OnStep | None) -> None:
-        self._job, self._adapted, self._loss, self._fingerprint = job, adapted, loss, fingerprint
+    def __init__(self, job: TrainingJob, adapted: Any, loss: Loss, identity: _Identity, on_step: OnStep | None) -> None:
+        self._job, self._adapted, self._loss, self._identity = job, adapted, loss, identity
         self._on_step, self._progress = on_step, ProgressLog(job.output)
         self._optimiser = Optimiser(adapted, job.tuning)
         self._weights = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
@@ -172,14 +196,14 @@ class _Run:
                 "optimiser": self._optimiser.moments(),
                 "random": _random_states(self._adapted.device),
             },
-            notes={"job": self._fingerprint, "state": asdict(self._state)},
+            notes=asdict(self._identity) | {"state": asdict(self._state)},
         ).write(self._job.output)
 
     def _resume(self) -> None:
         checkpoint = read_checkpoint(self._job.output)
         if checkpoint is None:
             return
-        same_job(checkpoint.notes["job"], self._fingerprint, self._job.output / CHECKPOINT)
+        self._identity.check(checkpoint.notes, self._job.output / CHECKPOINT)
         self._state = _State(**checkpoint.notes["state"])
         self._set(checkpoint.tensors["adapter"])
         self._best = dict(checkpoint.tensors.get("best", {}))
@@ -199,7 +223,7 @@ class _Run:
             seconds=self._state.seconds,
         )
         save_bf16(self._adapted, trained.adapter_dir)
-        write_trained(trained, self._fingerprint)
+        write_trained(trained, self._identity.job)
         (self._job.output / CHECKPOINT).unlink(missing_ok=True)
         log.info("training_ended", steps=trained.steps, why=why, validation_nats=trained.best_validation_nats)
         return trained

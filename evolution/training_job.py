@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self, get_args
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -20,13 +20,14 @@ from evolution.errors import TrainingError
 from registry.digest import Digest, digest_of
 from registry.files import written_whole
 
-LLAMA_LINEAR: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER: Final = "adapter"
 PROGRESS: Final = "progress.jsonl"
 TRAINED: Final = "trained.json"
 
 Objective = Literal["sft", "contrastive"]
 Phase = Literal["train", "validate"]
+ByName = Literal["mlp", "all"]
+Targets = Literal["mlp", "all", "hot"]
 StoppedWhy = Literal["steps", "patience"]
 Url = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9+.-]*:")]
 Count = Annotated[int, Field(ge=1)]
@@ -37,15 +38,16 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class FineTuning:
     """A LoRA's shape and AdamW's schedule: a linear warm-up, then a linear decay to nothing.
 
-    `layers` is a half-open range of block indices, None is all of them. `seed` decides the first weights of the
-    adapter, its dropout and the order of the examples. Raises `TrainingError`.
+    `targets` are modules by the ends of their paths, or "mlp" or "all": the linear layers of that kind that the model
+    has in its blocks. `layers` is a half-open range of block indices, None is all of them. `seed` decides the first
+    weights of the adapter, its dropout and the order of the examples. Raises `TrainingError`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     rank: int = 8
     alpha: int = 16
-    targets: tuple[str, ...] = LLAMA_LINEAR
+    targets: tuple[str, ...] | ByName = "all"
     layers: tuple[int, int] | None = None
     steps: int = 120
     batch_size: int = 8
@@ -58,6 +60,8 @@ class FineTuning:
         counts = {name: getattr(self, name) for name in ("rank", "steps", "batch_size", "warmup_steps")}
         if min(counts.values()) < 1:
             raise TrainingError(f"expected counts of at least 1, got {counts}")
+        if not self.targets or (isinstance(self.targets, str) and self.targets not in get_args(ByName)):
+            raise TrainingError(f"expected modules, or one of {get_args(ByName)}, as targets, got {self.targets!r}")
 
 
 class _Spec(BaseModel):
@@ -100,6 +104,18 @@ class Distillation(_Spec):
     weight: Weight = 1.0
 
 
+class Probe(_Spec):
+    """Measure first where the model gains most for what it forgets, and adapt there.
+
+    The layers that hold `share` of all worth get `budget` times the parameters that the job's tuning would have cost.
+    `examples` of the data, and as many of the replay, are looked at.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    budget: Annotated[float, Field(gt=0, le=16)] = 1.0
+    examples: Count = 24
+
+
 class TrainingJob(_Spec):
     """One training. `accumulate` is the number of parts that a batch is computed in: less memory, the same step.
 
@@ -115,6 +131,7 @@ class TrainingJob(_Spec):
     data_url: Url
     output_url: Url
     rank_pattern: dict[str, Count] = {}
+    probe: Probe | None = None
     accumulate: Count = 1
     precision: Literal["float32", "bfloat16"] = "float32"
     replay: Replay | None = None
@@ -125,10 +142,20 @@ class TrainingJob(_Spec):
 
     @model_validator(mode="after")
     def _contrastive_compares_a_batch(self) -> Self:
-        given = {"replay": self.replay, "distillation": self.distillation, "accumulate": self.accumulate > 1}
-        refused = [name for name, value in given.items() if value]
+        parts = {"replay": self.replay, "distillation": self.distillation, "probe": self.probe}
+        refused = [name for name, part in parts.items() if part is not None] + ["accumulate"] * (self.accumulate > 1)
         if self.objective == "contrastive" and refused:
             raise ValueError(f"a contrastive loss compares the rows of one whole batch, so it takes no {refused}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_probe_has_what_it_compares(self) -> Self:
+        if self.probe is None:
+            return self
+        if self.replay is None:
+            raise ValueError("a probe weighs the data against replay, so it needs replay")
+        if not isinstance(self.tuning.targets, str) or self.rank_pattern:
+            raise ValueError('a probe finds modules and ranks itself, so targets must be "mlp" or "all", its budget')
         return self
 
     @classmethod
@@ -266,17 +293,19 @@ def _whole_lines(path: Path) -> int:
 
 __all__ = [
     "ADAPTER",
-    "LLAMA_LINEAR",
     "PROGRESS",
     "TRAINED",
+    "ByName",
     "Distillation",
     "FineTuning",
     "ModelSpec",
     "OnStep",
+    "Probe",
     "ProgressLog",
     "ProgressTail",
     "Replay",
     "Step",
+    "Targets",
     "Trained",
     "TrainingJob",
     "Validation",

@@ -6,28 +6,24 @@ training can move, a random sketch of each weight's gradient that needs no memor
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from evolution.errors import TrainingError
 from evolution.fine_tuning import answer_loss, attach
 from evolution.protocols import Example
+from evolution.target_plan import Plan
+from evolution.targets import linear_layers, mlp_of
 from evolution.training_data import Encoded, encode_examples
-from evolution.training_job import FineTuning
+from evolution.training_job import FineTuning, Targets
 
 RANK: Final = 8
 MOST_RANK: Final = 64
-_IN_A_BLOCK: Final = re.compile(r"\.\d+\.")
-_ATTENTION: Final = re.compile(r"attn|attention")
-
-PlanName = Literal["mlp", "all-linear", "hot"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +47,6 @@ class Zone:
         return sum(self.shape)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which modules to adapt, by their whole path, and at which rank each."""
-
-    name: PlanName
-    ranks: Mapping[str, int]
-    parameters: int
-
-    def tuning(self, tuning: FineTuning) -> FineTuning:
-        """`tuning` for these modules; its scale, alpha / rank, stays. Give the job `rank_pattern` = `ranks`."""
-        rank = max(self.ranks.values())
-        alpha = max(1, round(tuning.alpha * rank / tuning.rank))
-        return replace(tuning, targets=tuple(self.ranks), layers=None, rank=rank, alpha=alpha)
-
-
 class WeightMapProbe:
     """Measures each linear layer of a causal model's blocks, and plans from that.
 
@@ -78,7 +59,7 @@ class WeightMapProbe:
 
     def __init__(self, model: Any, tokenizer: Any, *, seed: int = 0) -> None:
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
-        self._shapes = _linear_shapes(model)
+        self._shapes = linear_layers(model)
 
     def zones(self, gap: Sequence[Example], replay: Sequence[Example]) -> list[Zone]:
         """Every linear layer, the worthiest first; a few dozen examples of each will do. Raises `TrainingError`."""
@@ -119,16 +100,21 @@ def hot_zones(zones: Sequence[Zone], share: float) -> list[Zone]:
     return hot
 
 
-def plans(zones: Sequence[Zone], *, budget_parameters: int, share: float = 0.5) -> dict[PlanName, Plan]:
+def hot_plan(zones: Sequence[Zone], *, budget_parameters: int, share: float = 0.5) -> Plan:
+    """The hot zones, each at a rank by its worth. Raises `TrainingError` for a budget of less than one rank."""
+    return _apportioned(hot_zones(zones, share), budget_parameters)
+
+
+def plans(zones: Sequence[Zone], *, budget_parameters: int, share: float = 0.5) -> dict[Targets, Plan]:
     """Three plans under one budget: MLP-only, the default to beat, and all layers at one rank, and the hot zones.
 
     Raises `TrainingError` for a budget of less than one rank.
     """
-    mlp = [zone for zone in zones if not _ATTENTION.search(zone.module)]
+    mlp = set(mlp_of(zone.module for zone in zones))
     return {
-        "mlp": _uniform("mlp", mlp, budget_parameters),
-        "all-linear": _uniform("all-linear", zones, budget_parameters),
-        "hot": _apportioned(hot_zones(zones, share), budget_parameters),
+        "mlp": _uniform("mlp", [zone for zone in zones if zone.module in mlp], budget_parameters),
+        "all": _uniform("all", zones, budget_parameters),
+        "hot": hot_plan(zones, budget_parameters=budget_parameters, share=share),
     }
 
 
@@ -187,20 +173,7 @@ def _worth(wanted: Mapping[str, Tensor], replayed: Sequence[Mapping[str, Tensor]
     return worth
 
 
-def _linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of the linear layers in numbered blocks, by path; neither embeddings nor heads."""
-    found = {}
-    for name, module in model.named_modules():
-        if not _IN_A_BLOCK.search(f".{name}"):
-            continue
-        if isinstance(module, torch.nn.Linear):
-            found[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            found[name] = (module.nf, module.nx)
-    return found
-
-
-def _uniform(name: PlanName, zones: Sequence[Zone], budget: int) -> Plan:
+def _uniform(name: Targets, zones: Sequence[Zone], budget: int) -> Plan:
     per_rank = sum(zone.parameters_per_rank for zone in zones)
     rank = min(MOST_RANK, budget // per_rank)
     if rank < 1:
@@ -225,4 +198,4 @@ def _fits(zone: Zone, ranks: Mapping[str, int], left: int) -> bool:
     return zone.parameters_per_rank <= left and ranks.get(zone.module, 0) < MOST_RANK
 
 
-__all__ = ["Plan", "WeightMapProbe", "Zone", "hot_zones", "plans"]
+__all__ = ["WeightMapProbe", "Zone", "hot_plan", "hot_zones", "plans"]

@@ -103,9 +103,8 @@ def sync(
         links = [
             _Link(peer, stack.enter_context(LoRAFlightClient(peer.address, timeout_s=timeout_s))) for peer in peers
         ]
-        have = registry.digests()
         for link in links:
-            _compare(link, registry.identity.id, have, only, memory)
+            _compare(link, registry, only, memory)
         if not dry_run:
             _fetch_all(registry, links, on_progress)
         if memory is not None:
@@ -143,19 +142,19 @@ class _Link:
         )
 
 
-def _compare(
-    link: _Link, own_id: str, have: set[Digest], only: Collection[str] | None, memory: SyncMemory | None
-) -> None:
+def _compare(link: _Link, registry: Registry, only: Collection[str] | None, memory: SyncMemory | None) -> None:
     """Probe the peer, then ask for its inventory unless the states say that nothing there is new."""
     started = time.monotonic()
     try:
         health = link.client.health()
-        link.peer = _identified(link.peer, health, own_id)
+        link.peer = _identified(link.peer, health, registry.identity.id)
         link.offered, link.state = health.cards, health.state
-        own_state = wire.state_of(have)
-        if health.state != own_state and (memory or {}).get(health.node_id) != (own_state, health.state):
+        have = registry.digests()
+        known = (memory or {}).get(health.node_id)
+        if health.state != wire.state_of(have) and known != (_own_state(registry, have), health.state):
             inventory = link.client.list_remote_skills()
             link.offered = len(inventory)
+            have |= registry.refused((entry.digest, entry.publisher) for entry in inventory)
             link.missing = [entry for entry in diff.missing(inventory, have) if diff.selected(entry, only)]
     except FederationError as error:
         link.error = str(error)
@@ -254,10 +253,15 @@ class _Meter:
 def _remember(memory: SyncMemory, links: Sequence[_Link], registry: Registry, only: Collection[str] | None) -> None:
     """Note the peers of which nothing is missing now; with `only`, nobody knows."""
     have = registry.digests()
-    own_state = wire.state_of(have)
+    own_state = _own_state(registry, have)
     for link in links:
         if link.error is None and only is None and not diff.missing(link.missing, have):
             memory[link.peer.node_id] = (own_state, link.state)
+
+
+def _own_state(registry: Registry, have: set[Digest]) -> str:
+    """Changes with what is wanted here: a card that came back out of hiding is wanted again."""
+    return wire.state_of(have | {card.digest for card in registry.hidden()})
 
 
 __all__ = ["PeerReport", "SyncMemory", "SyncProgress", "SyncReport", "sync"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,8 +12,12 @@ import arrowmoe
 from arrowmoe import control
 from arrowmoe.cli.app import App, app_of, given, group
 from arrowmoe.cli.describing import MAX_STATISTICS_BYTES, MIN_PROMPTS, Budget, MinPrompts, show_described
+from arrowmoe.cli.evolving import evidence
 from arrowmoe.cli.output import short, size
 from registry.errors import ArrowMoEError
+
+if TYPE_CHECKING:
+    from registry.store import Registry
 
 app = group()
 BROWSE_S = 2.0
@@ -92,7 +96,8 @@ def show(context: typer.Context, ref: Ref) -> None:
     invocation = app_of(context)
     with invocation.registry() as registry:
         entry = registry.entry(ref)
-        found = arrowmoe.views.card(entry) | {"path": str(registry.path_of(entry.digest))}
+        path, gate = str(registry.path_of(entry.digest)), _gate(invocation, registry, entry.digest)
+    found = arrowmoe.views.card(entry) | {"path": path, "gate": gate}
     invocation.out.result(found, lambda: _show_card(invocation, found), quiet=[found["digest"]])
 
 
@@ -156,7 +161,7 @@ def rm(
     ref: Ref,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a card from this home."""
+    """Remove a card from this home: for good, if this node published it; else it is hidden here."""
     invocation = app_of(context)
     with invocation.registry() as registry:
         entry = registry.entry(ref)
@@ -164,7 +169,21 @@ def rm(
         if not yes and sys.stdin.isatty():
             typer.confirm(f"remove {label}?", abort=True, err=True)
         found = arrowmoe.views.card(registry.remove(entry.digest))
+        own = entry.publisher == registry.identity.id
     invocation.out.result(found, lambda: invocation.out.line(f"removed {label}"), quiet=[entry.digest])
+    if not own:
+        invocation.out.note(f"it is hidden here; `arrowmoe skills unhide {short(entry.digest)}` lets it come back")
+
+
+@app.command()
+def unhide(context: typer.Context, ref: Ref) -> None:
+    """Let a card that was removed here only come back with the next sync."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        card = registry.unhide(ref)
+    found = {"digest": card.digest, "name": card.name, "version": card.version}
+    text = f"{card.name}@{card.version} {short(card.digest)} may come back"
+    invocation.out.result(found, lambda: invocation.out.line(text), quiet=[card.digest])
 
 
 @app.command()
@@ -332,8 +351,20 @@ def _show_card(invocation: App, card: dict[str, Any]) -> None:
             ("from", f"{origin['address']} ({origin['peer_id']})" if origin else "here"),
             ("tags", " ".join(card["tags"])),
             ("file", card["path"]),
+            *(evidence(card["gate"]) if card["gate"] else ()),
         ]
     )
+
+
+def _gate(invocation: App, registry: Registry, digest: str) -> dict[str, Any] | None:
+    """The gate's evidence, in short, on a card that a night has grown; None for any other."""
+    try:
+        evaluation = registry.get(digest).manifest.evaluation
+    except ArrowMoEError as error:
+        invocation.out.note(f"its file cannot be read, see `arrowmoe skills verify`: {error}")
+        return None
+    short: dict[str, Any] | None = arrowmoe.views.gate(evaluation.get("gate"))
+    return short
 
 
 def _lines(path: Path) -> list[str]:

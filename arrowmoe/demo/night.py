@@ -42,7 +42,7 @@ NightEvent = Waiting | Asked | Training | Grown | Learnt
 def night(directory: Path, b: NodeProcess) -> Generator[NightEvent, None, tuple[str, ...]]:
     """Grow an expert on node A, which is started again with a base model; returns what is not as it should be."""
     known, unseen = family("asked")[:ASKED], family("heldout")
-    with _teacher(directory) as url:
+    with teacher(directory) as url:
         variables = SETTINGS | {"ARROWMOE_TEACHER__BASE_URL": url}
         with node_process("demo-a", directory, bases=(BASES["causal"],), variables=variables) as a:
             yield Waiting(text="A starts again, with a base model and a teacher")
@@ -58,7 +58,7 @@ def night(directory: Path, b: NodeProcess) -> Generator[NightEvent, None, tuple[
 
 
 @contextmanager
-def _teacher(directory: Path) -> Iterator[str]:
+def teacher(directory: Path) -> Iterator[str]:
     """The address of a teacher process, until the exit."""
     log = directory / "teacher.log"
     gold = DATA / "part-finder.gold.jsonl"
@@ -159,4 +159,4 @@ def _problems(learnt: Learnt, grown: Grown) -> tuple[str, ...]:
     return (f"{grown.name} answers {learnt.with_card:.0%} of what nobody taught, the bare model {learnt.bare:.0%}",)
 
 
-__all__ = ["NightEvent", "night"]
+__all__ = ["ASKED", "SETTINGS", "NightEvent", "night", "teacher"]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from arrowmoe.base_model import same_base
+from arrowmoe.base_names import same_base
 from arrowmoe.errors import RoutingError
 from arrowmoe.features import Features, Featurizer
 from arrowmoe.routing.gates import Candidate, Decision, Gates

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arrowmoe.base_model import BaseModel, same_base
+from arrowmoe.base_model import BaseModel
+from arrowmoe.base_names import same_base
 from arrowmoe.errors import RoutingError
 from arrowmoe.features import Features
 from arrowmoe.generation import Prompt, tokenise

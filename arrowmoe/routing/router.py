@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from arrowmoe.base_model import same_base
+from arrowmoe.base_names import same_base
 from arrowmoe.errors import RoutingError
 from arrowmoe.features import Features, Featurizer
 from arrowmoe.routing.closed_form import ClosedForm, RowScores

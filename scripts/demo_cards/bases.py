@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from arrowmoe.base_model import BUILTINS, load_base_model
+from arrowmoe.base_model import load_base_model
+from arrowmoe.base_names import BUILTINS
 
 SMOLLM2: Final = BUILTINS["builtin:smollm2"].name
 MINILM: Final = BUILTINS["builtin:minilm"].name

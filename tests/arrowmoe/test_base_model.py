@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from arrowmoe.base_model import Pooling, load_base_model, read_pooling
+from arrowmoe.base_names import logical_name
 from arrowmoe.errors import ModelLoadError
-from arrowmoe.inference import logical_name
 from tests.arrowmoe.tiny import bert_engine
 
 REVISION = "a" * 40

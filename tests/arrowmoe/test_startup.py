@@ -15,7 +15,11 @@ LIMIT_S = 0.5
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["--version"], ["skills", "--help"], ["ask", "--help"], ["config", "show"]]
+    "args",
+    [
+        *(["--help"], ["--version"], ["config", "show"]),
+        *([noun, "--help"] for noun in ("skills", "ask", "evolve", "feedback")),
+    ],
 )
 def test_help_imports_nothing_heavy(tmp_path: Path, args: list[str]) -> None:
     assert modules_after(tmp_path / "home", *args).isdisjoint(HEAVY)

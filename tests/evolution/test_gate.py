@@ -166,6 +166,10 @@ def test_an_encoder_has_no_losses_to_hold() -> None:
     assert judge(results(losses=None), BARS).accepted
 
 
+def test_an_encoder_that_nobody_gave_anchors_is_judged_by_its_lift() -> None:
+    assert judge(replace(results(losses=None), anchors={}), BARS).accepted
+
+
 def test_figures_that_do_not_fit_each_other_and_impossible_levels_are_refused() -> None:
     with pytest.raises(EvolutionError, match="one value per item"):
         replace(results(), candidate=right(3, 39))

@@ -127,10 +127,11 @@ def test_a_finished_job_is_not_trained_again_and_another_does_not_take_its_place
 
 
 def test_a_checkpoint_of_another_job_is_refused(tmp_path: Path) -> None:
+    named = {"targets": ("up_proj",)}
     with pytest.raises(Killed):
-        run(job(tmp_path, checkpoint_every_steps=2), kill_at(4))
+        run(job(tmp_path, tuning=tuning(**named), checkpoint_every_steps=2), kill_at(4))
     with pytest.raises(TrainingError, match=r"checkpoint.*another job"):
-        run(job(tmp_path, tuning=tuning(seed=5), checkpoint_every_steps=2))
+        run(job(tmp_path, tuning=tuning(seed=5, **named), checkpoint_every_steps=2))
 
 
 def test_a_damaged_checkpoint_says_so(tmp_path: Path) -> None:

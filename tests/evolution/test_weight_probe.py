@@ -96,10 +96,10 @@ def test_the_three_plans_spend_one_budget() -> None:
     zones = [zone("h.0.attn.q", 1), zone("h.0.mlp.up", 6), zone("h.1.attn.q", 9), zone("h.1.mlp.up", 3)]
     made = plans(zones, budget_parameters=100, share=0.7)
     assert made["mlp"].ranks == {"h.0.mlp.up": 5, "h.1.mlp.up": 5}
-    assert made["all-linear"].ranks == {zone.module: 2 for zone in zones}
+    assert made["all"].ranks == {zone.module: 2 for zone in zones}
     assert made["hot"].ranks == {"h.1.attn.q": 6, "h.0.mlp.up": 4}  # 9 to 6, by D'Hondt
-    assert {name: plan.parameters for name, plan in made.items()} == {"mlp": 100, "all-linear": 80, "hot": 100}
-    with pytest.raises(TrainingError, match="at least 40 parameters for all-linear"):
+    assert {name: plan.parameters for name, plan in made.items()} == {"mlp": 100, "all": 80, "hot": 100}
+    with pytest.raises(TrainingError, match="at least 40 parameters for all,"):
         plans(zones, budget_parameters=30)
 
 

@@ -16,7 +16,7 @@ from tests.arrowmoe.cli.conftest import Cli
 from tests.arrowmoe.tiny import card_for, llama_engine
 
 ANSWER_KEYS = {
-    *("text", "base", "adapters", "fetched", "prompt_tokens", "new_tokens", "logprob_nats", "finish_reason"),
+    *("text", "base", "adapters", "fetched", "prompt_tokens", "new_tokens", "logprob_nats", "finish_reason", "signal"),
     *("mode", "abstained", "alpha", "threshold", "p_value", "why", "candidates"),
 }
 

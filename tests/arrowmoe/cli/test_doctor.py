@@ -83,3 +83,21 @@ def test_people_read_what_to_do(cli: Cli, home: Path) -> None:
     shown = cli("doctor").out
     assert "warn  home: " in shown
     assert f"→ chmod 700 {home}" in shown
+
+
+def test_it_is_told_whether_a_teacher_can_be_asked(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def teacher() -> tuple[str, str]:
+        check = by_name(cli("doctor", "--json").json)["teacher"]
+        return check["status"], check["detail"]
+
+    assert teacher() == ("ok", "none, so gaps are found and stay open")
+    monkeypatch.setenv("ARROWMOE_TEACHER__MODEL", "oracle-1")
+    monkeypatch.setenv("ARROWMOE_TEACHER__KEY_VARIABLE", "ORACLE_KEY")
+    status, detail = teacher()
+    assert (status, "ORACLE_KEY is not set" in detail) == ("warn", True)
+    monkeypatch.setenv("ORACLE_KEY", "secret-word")
+    status, detail = teacher()
+    assert (status, "description" in detail, "secret-word" in detail) == ("ok", True, False)
+    monkeypatch.setenv("ARROWMOE_TEACHER__DISCLOSURE", "never")
+    assert teacher() == ("warn", "oracle-1 may not be told anything")
+    assert "variables" not in by_name(cli("doctor", "--json").json)

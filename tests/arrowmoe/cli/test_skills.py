@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from arrowmoe.node import Node
 from arrowmoe.settings import Settings
 from registry.format import LoRAFormat
+from registry.identity import Identity
 from tests.arrowmoe.cli.conftest import Cli
 from tests.peft_models import make_peft, tiny_llama
 from tests.registry.cards import small_card
@@ -90,6 +91,17 @@ def test_labels_tags_search_and_removal(cli: Cli, adapter: Path) -> None:
     assert cli("skills", "ls", "--tag", "bad", "--json").json == []
     assert cli("skills", "rm", "dates", "--json").json["digest"] == digest
     assert cli("skills", "show", digest).code == 1
+
+
+def test_another_s_card_is_hidden_and_may_come_back(cli: Cli, tmp_path: Path) -> None:
+    card = small_card("poet").signed(Identity.generate())
+    LoRAFormat.save(card, tmp_path / "poet.lora.arrow")
+    cli("skills", "import", tmp_path / "poet.lora.arrow")
+    short = card.digest.removeprefix("blake3:")[:12]
+    assert f"skills unhide {short}" in cli("skills", "rm", "poet").err
+    assert cli("skills", "unhide", short, "--json").json == {"digest": card.digest, "name": "poet", "version": "1"}
+    again = cli("skills", "unhide", short)
+    assert (again.code, "no hidden card" in again.err) == (1, True)
 
 
 def test_a_label_that_moves_is_said_and_a_list_shows_what_can_be_asked_for(cli: Cli, adapter: Path) -> None:
