@@ -116,7 +116,7 @@ def _registry(settings: Settings) -> Iterator[Check]:
         yield Check(name="identity", status="ok", detail="none yet; made at first use")
         return
     try:
-        with arrowmoe.Registry.open(settings.home) as registry:
+        with arrowmoe.Registry.open(settings.home, **settings.stores) as registry:
             yield Check(name="identity", status="ok", detail=registry.identity.id)
             yield Check(name="catalog", status="ok", detail=f"{len(registry.digests())} cards")
     except ArrowMoEError as error:

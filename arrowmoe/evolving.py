@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -26,11 +26,12 @@ from arrowmoe.routing.statistics import CardStatistics
 from arrowmoe.settings import EvolutionSettings, Settings
 from arrowmoe.signalling import SignalRecorder, signal_store
 from arrowmoe.students import EngineStudents, NightRoutes
+from evolution.anchors import anchors
 from evolution.executors import Executor, LocalProcess
 from evolution.gaps import Clustering
 from evolution.gate import Bars
 from evolution.journal import SCHEDULE, Journal, Now, utc_now
-from evolution.protocols import Routes, Students, Teacher
+from evolution.protocols import Example, Routes, Students, Teacher
 from evolution.schedule import POLL_S, NightSchedule, NightWatch
 from evolution.skill_distiller import Recipe, SkillDistiller
 from evolution.skill_factory import Nightly, NightReport, SkillFactory
@@ -261,8 +262,14 @@ def recipe_of(settings: EvolutionSettings) -> Recipe:
         tuning=FineTuning(rank=settings.rank, alpha=2 * settings.rank, steps=settings.steps, learning_rate=2e-3),
         targets=settings.targets,
         most_examples=settings.most_examples,
+        anchors=_first(anchors(), settings.anchors),
         bars=Bars(alpha=settings.alpha),
     )
+
+
+def _first(sets: Mapping[str, tuple[Example, ...]], count: int) -> dict[str, tuple[Example, ...]]:
+    """As many of all sets together, equally many of each."""
+    return {name: items[: count // len(sets)] for name, items in sets.items()}
 
 
 def _surveying(settings: EvolutionSettings) -> Surveying:

@@ -179,7 +179,7 @@ class Node:
 
     def _open(self, stack: ExitStack) -> NodeRecord:
         settings = self.settings
-        self._registry = registry = stack.enter_context(Registry.open(settings.home))
+        self._registry = registry = stack.enter_context(Registry.open(settings.home, **settings.stores))
         self._swarm = swarm = Swarm(
             registry,
             name=settings.name,

@@ -16,7 +16,17 @@ from typing import Annotated, Any, Literal
 
 import platformdirs
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -28,6 +38,7 @@ from pydantic_settings import (
 
 import arrowmoe
 from registry.errors import ArrowMoEError
+from registry.urls import shown
 
 PREFIX = "ARROWMOE_"
 CONFIG_VARIABLE = "ARROWMOE_CONFIG"
@@ -59,6 +70,10 @@ def _absolute(path: Path) -> Path:
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+SecretUrl = Annotated[
+    SecretStr, PlainSerializer(lambda url: shown(url.get_secret_value()), return_type=str, when_used="json")
+]
+"""A URL that may hold a password; shown without it."""
 Address = Annotated[str, AfterValidator(_address)]
 Peers = Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_listed)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
@@ -131,6 +146,9 @@ class EvolutionSettings(BaseModel):
         default="mlp", description="layers that experts of language models adapt; hot: those that a probe finds"
     )
     memory_gib: float | None = Field(default=None, gt=0, description="most memory that a training may take")
+    anchors: int = Field(
+        default=150, ge=60, description="questions on other matters that an expert is examined with, at most"
+    )
     alpha: float = Field(default=0.05, gt=0, lt=1, description="share of published experts that may be idle")
 
 
@@ -157,6 +175,12 @@ class Settings(BaseSettings):
 
     home: AbsolutePath = Field(
         default_factory=lambda: platformdirs.user_data_path("arrowmoe"), description="identity, cards and catalog"
+    )
+    catalog_url: SecretUrl = Field(
+        default=SecretStr(""), description="database of the catalog; empty: an SQLite file in the home"
+    )
+    blobs_url: SecretUrl = Field(
+        default=SecretStr(""), description="store of the cards' files (s3://, gs://, abfs://, file://); empty: the home"
     )
     cache_dir: AbsolutePath = Field(
         default_factory=lambda: platformdirs.user_cache_path("arrowmoe"), description="converted base models"
@@ -196,6 +220,11 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Only what the constructor is given: a library reads no environment behind its caller's back."""
         return (init_settings,)
+
+    @property
+    def stores(self) -> dict[str, str]:
+        """Where the catalog and the cards lie, with their secrets, as `Registry.open` takes it."""
+        return {"catalog_url": self.catalog_url.get_secret_value(), "blobs_url": self.blobs_url.get_secret_value()}
 
     @staticmethod
     def meaning(name: str) -> str:

@@ -103,8 +103,9 @@ def sync(
         links = [
             _Link(peer, stack.enter_context(LoRAFlightClient(peer.address, timeout_s=timeout_s))) for peer in peers
         ]
+        have = registry.digests()
         for link in links:
-            _compare(link, registry, only, memory)
+            _compare(link, registry, have, only, memory)
         if not dry_run:
             _fetch_all(registry, links, on_progress)
         if memory is not None:
@@ -142,20 +143,21 @@ class _Link:
         )
 
 
-def _compare(link: _Link, registry: Registry, only: Collection[str] | None, memory: SyncMemory | None) -> None:
+def _compare(
+    link: _Link, registry: Registry, have: set[Digest], only: Collection[str] | None, memory: SyncMemory | None
+) -> None:
     """Probe the peer, then ask for its inventory unless the states say that nothing there is new."""
     started = time.monotonic()
     try:
         health = link.client.health()
         link.peer = _identified(link.peer, health, registry.identity.id)
         link.offered, link.state = health.cards, health.state
-        have = registry.digests()
         known = (memory or {}).get(health.node_id)
         if health.state != wire.state_of(have) and known != (_own_state(registry, have), health.state):
             inventory = link.client.list_remote_skills()
             link.offered = len(inventory)
-            have |= registry.refused((entry.digest, entry.publisher) for entry in inventory)
-            link.missing = [entry for entry in diff.missing(inventory, have) if diff.selected(entry, only)]
+            refused = registry.refused((entry.digest, entry.publisher) for entry in inventory)
+            link.missing = [entry for entry in diff.missing(inventory, have | refused) if diff.selected(entry, only)]
     except FederationError as error:
         link.error = str(error)
         _log.warning("peer_failed", peer=link.peer.address, error=str(error), kind=type(error).__name__)

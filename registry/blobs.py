@@ -23,13 +23,25 @@ class BlobStore(Protocol):
     """Cards by digest. Of one digest, only one `put`, `delete` or `clean` runs at a time: the caller sees to that."""
 
     def put(self, card: LoRACard) -> None:
-        """Store `card`, durably when this returns; nothing to do if it is there and whole. Raises `OSError`."""
+        """Store `card`, durably when this returns; nothing to do if it is there and whole.
+
+        Raises `OSError`, or `BlobStoreError` for a store elsewhere.
+        """
 
     def load(self, digest: Digest, *, verify: bool = False, memory_map: bool = True) -> LoRACard:
         """The card. Raises `MissingFileError`, or `CardError` for a damaged file."""
 
+    def holds(self, digest: Digest) -> bool:
+        """Whether the card is stored, damaged or not. Raises `UnknownCardError` for what is no digest."""
+
     def path_of(self, digest: Digest) -> Path:
-        """A file on this machine that holds the card, if it is stored at all. Raises `UnknownCardError`."""
+        """A file on this machine that holds the card, if it is stored at all. Raises `UnknownCardError`.
+
+        A store elsewhere raises as `load` does.
+        """
+
+    def place_of(self, digest: Digest) -> str:
+        """Where the card is stored, for people to read."""
 
     def delete(self, digest: Digest) -> bool:
         """Remove the card; whether it was there. A reader that has it mapped keeps it."""
@@ -39,6 +51,14 @@ class BlobStore(Protocol):
 
     def digests(self) -> set[Digest]:
         """All cards that are stored."""
+
+
+def relative_path(digest: Digest) -> str:
+    """``ab/<64 hex digits>.lora.arrow``, which follows from the digest alone. Raises `UnknownCardError`."""
+    if not is_digest(digest):
+        raise UnknownCardError(f"expected a digest 'blake3:' and 64 hex digits, got {digest[:80]!r}")
+    name = hex_of(digest)
+    return f"{name[:2]}/{name}{SUFFIX}"
 
 
 class FileBlobStore:
@@ -71,12 +91,17 @@ class FileBlobStore:
             )
         return card
 
+    def holds(self, digest: Digest) -> bool:
+        """Whether the file is there."""
+        return self.path_of(digest).exists()
+
     def path_of(self, digest: Digest) -> Path:
         """The card's place, whether or not it is there."""
-        if not is_digest(digest):
-            raise UnknownCardError(f"expected a digest 'blake3:' and 64 hex digits, got {digest[:80]!r}")
-        name = hex_of(digest)
-        return self._root / name[:2] / f"{name}{SUFFIX}"
+        return self._root / relative_path(digest)
+
+    def place_of(self, digest: Digest) -> str:
+        """The file's path."""
+        return str(self.path_of(digest))
 
     def delete(self, digest: Digest) -> bool:
         """Unlink the file."""

@@ -12,21 +12,26 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from difflib import get_close_matches
 
-from sqlalchemy import ColumnElement, Select, case, delete, exists, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
+from registry import history
 from registry.card import LoRACard
+from registry.changes import Changes, Kind
 from registry.database import Database
 from registry.digest import Digest, is_digest
-from registry.entries import CardEntry, Origin
-from registry.errors import AmbiguousCardError, LabelTakenError, UnknownCardError
-from registry.labels import Label, newest, newest_first, next_version, version_key
-from registry.tables import CardRow, LabelRow, OriginRow, PublisherRow, TagRow
+from registry.entries import CardEntry, HiddenCard, Origin
+from registry.errors import AmbiguousCardError, CardIntegrityError, LabelTakenError, UnknownCardError
+from registry.labels import Label, VersionKey, newest, newest_first, next_version, version_key
+from registry.tables import CardRow, EpochRow, LabelRow, OriginRow, PublisherRow, TagRow
+from registry.tombstones import Tombstone
 
 _DIGEST_PREFIX = re.compile(r"(?:blake3:)?([0-9a-f]{8,64})", re.IGNORECASE)
 _MAX_WORDS = 32
+_PAGE = 1000
 
 Entries = list[CardEntry]  # within the class `list` is its method
+HiddenCards = list[HiddenCard]
 _LISTED = (
     CardRow.digest,
     CardRow.name,
@@ -40,6 +45,7 @@ _LISTED = (
     CardRow.domains,
     CardRow.examples,
     CardRow.publisher,
+    CardRow.epoch,
     CardRow.created,
     CardRow.added_at,
 )
@@ -52,25 +58,32 @@ class Catalog:
         self._database = database
 
     def add(
-        self, card: LoRACard, *, tags: Iterable[str] = (), origin: Origin | None = None, exclusive: bool = False
+        self,
+        card: LoRACard,
+        *,
+        tags: Iterable[str] = (),
+        origin: Origin | None = None,
+        exclusive: bool = False,
+        newest: bool = False,
     ) -> CardEntry:
         """Enter a card with the label of its manifest; of a card that is known, only new tags are added.
 
-        Raises `LabelTakenError` if another card has the label and it is to be `exclusive`.
+        A card without `origin` comes by the owner's hand, so it may have been hidden. Raises `RemovedCardError`, and
+        `LabelTakenError` where the label is to be `exclusive` and means another card, or the card is to be the
+        `newest` of its publisher and name and another was published meanwhile.
         """
         with self._database.writing() as session:
             if session.get(CardRow, card.digest) is None:
-                if exclusive:
-                    _check_label_free(session, card)
+                _check(session, card, by_hand=origin is None, exclusive=exclusive, newest=newest)
                 _insert(session, card, origin)
             _add_tags(session, card.digest, tags)
             return _entry(session, card.digest)
 
-    def check_label_free(self, card: LoRACard) -> None:
-        """Raise `LabelTakenError` if another card has the label of this one, which is not known itself."""
+    def check(self, card: LoRACard, *, by_hand: bool, exclusive: bool, newest: bool) -> None:
+        """Raise what `add` would raise."""
         with self._database.reading() as session:
             if session.get(CardRow, card.digest) is None:
-                _check_label_free(session, card)
+                _check(session, card, by_hand=by_hand, exclusive=exclusive, newest=newest)
 
     def holds(self, digest: Digest) -> bool:
         """Whether the card is in the catalog."""
@@ -146,11 +159,54 @@ class Catalog:
             session.execute(delete(TagRow).where(TagRow.digest == digest, TagRow.tag.in_(tuple(tags))))
 
     def remove(self, digest: Digest) -> CardEntry:
-        """Take a card out, with its labels, tags and origin. Raises `UnknownCardError`."""
+        """Take a card out, with its labels, tags and origin, and hide it. Raises `UnknownCardError`."""
         with self._database.writing() as session:
             entry = _entry(session, digest)
             session.execute(delete(CardRow).where(CardRow.digest == digest))
+            history.hide(session, entry)
             return entry
+
+    def bury(self, tombstone: Tombstone) -> bool:
+        """Put a verified tombstone in its card's place, be the card here or not; False if it was known.
+
+        Raises `CardIntegrityError` if the card is here and is not what the tombstone says.
+        """
+        with self._database.writing() as session:
+            row = session.get(CardRow, tombstone.digest)
+            if row is not None:
+                _check_same(row, tombstone)
+                session.delete(row)
+                session.flush()
+            return history.bury(session, tombstone)
+
+    def changes(self, since: int = 0, limit: int = _PAGE) -> Changes:
+        """At most `limit` changes after number `since`, in order; the latest of each card. Raises `ValueError`."""
+        if since < 0 or limit < 1:
+            raise ValueError(f"expected since >= 0 and limit >= 1, got {since} and {limit}")
+        with self._database.reading() as session:
+            return history.page(session, since, limit)
+
+    def refused(self, offered: Iterable[tuple[Digest, str | None]]) -> set[Digest]:
+        """Those of the `offered` cards (digest, publisher) that were removed, here or by that publisher."""
+        with self._database.reading() as session:
+            return history.refused(session, offered)
+
+    def hidden(self) -> HiddenCards:
+        """Cards that the owner removed here, though others may go on."""
+        with self._database.reading() as session:
+            return history.hidden(session)
+
+    def unhide(self, ref: str) -> HiddenCard:
+        """Let a hidden card come back. Raises `UnknownCardError` or `AmbiguousCardError`."""
+        with self._database.writing() as session:
+            card = history.hidden_card(session, ref)
+            history.show(session, card.digest)
+            return card
+
+    def next_epoch(self, publisher: str, name: str) -> int:
+        """One more than the greatest epoch seen of the publisher and the name."""
+        with self._database.reading() as session:
+            return history.next_epoch(session, publisher, name)
 
 
 def _insert(session: Session, card: LoRACard, origin: Origin | None) -> None:
@@ -161,10 +217,14 @@ def _insert(session: Session, card: LoRACard, origin: Origin | None) -> None:
         session.flush()
     session.add(_row_of(card, now))
     session.flush()  # no relationships are mapped, so the order of inserts is ours to keep
-    session.add(LabelRow(name=card.name, version=card.version, digest=card.digest))
+    if not history.is_superseded(session, card):
+        session.add(LabelRow(name=card.name, version=card.version, digest=card.digest))
+    if card.manifest.publisher is not None:
+        history.advance(session, card.manifest.publisher, card.name, card.version, card.manifest.epoch)
     if origin is not None:
         session.add(OriginRow(digest=card.digest, peer_id=origin.peer_id, address=origin.address))
-    session.flush()
+    history.show(session, card.digest)
+    history.record(session, card.digest, card.manifest.publisher, Kind.ADDED)
 
 
 def _row_of(card: LoRACard, added_at: datetime) -> CardRow:
@@ -184,6 +244,7 @@ def _row_of(card: LoRACard, added_at: datetime) -> CardRow:
         examples=list(manifest.examples),
         search_text="\n".join(searched).casefold(),
         publisher=manifest.publisher,
+        epoch=manifest.epoch,
         created=_in_utc(manifest.created),
         added_at=added_at,
     )
@@ -197,6 +258,27 @@ def _in_utc(moment: datetime) -> datetime:
         return (datetime.min if moment.year == 1 else datetime.max).replace(tzinfo=UTC)
 
 
+def _check(session: Session, card: LoRACard, *, by_hand: bool, exclusive: bool, newest: bool) -> None:
+    """Whether a card that is not here may come; see `Catalog.add`."""
+    history.check_welcome(session, card, by_hand=by_hand)
+    if exclusive:
+        _check_label_free(session, card)
+    publisher, epoch = card.manifest.publisher, card.manifest.epoch
+    if newest and publisher is not None and epoch < history.next_epoch(session, publisher, card.name):
+        raise LabelTakenError(f"another card {card.name} was published meanwhile", hint="publish this one again")
+
+
+def _check_same(row: CardRow, tombstone: Tombstone) -> None:
+    """A tombstone speaks of its publisher's own card, and gets it right."""
+    held = (row.publisher, row.name, row.version, row.epoch)
+    said = (tombstone.publisher, tombstone.name, tombstone.version, tombstone.epoch)
+    if held != said:
+        raise CardIntegrityError(
+            f"expected a tombstone of {row.name}@{row.version}, epoch {row.epoch}, by its publisher {row.publisher}, "
+            f"got one of {tombstone.label}, epoch {tombstone.epoch}, by {tombstone.publisher}, so the card stays"
+        )
+
+
 def _check_label_free(session: Session, card: LoRACard) -> None:
     taken = select(LabelRow.digest).where(LabelRow.name == card.name, LabelRow.version == card.version)
     other = session.scalars(taken).first()
@@ -204,6 +286,12 @@ def _check_label_free(session: Session, card: LoRACard) -> None:
         raise LabelTakenError(
             f"{card.name}@{card.version} already means {other}, so {card.digest} cannot be published under it",
             hint=f"publish it as version {_next_version(session, card.name)}",
+        )
+    if history.is_superseded(session, card):
+        raise LabelTakenError(
+            f"{card.manifest.publisher} has published {card.name}@{card.version} anew, so {card.digest}, which was "
+            "signed before, cannot be published under it",
+            hint="import it to keep it without its label",
         )
 
 
@@ -271,18 +359,29 @@ def _entry(session: Session, digest: str) -> CardEntry:
 def _entries(session: Session, which: Select[str]) -> list[CardEntry]:
     """The entries of the digests that `which` selects: one query for each table, none for each card."""
     tags, labels = _tags_of(session, which), _labels_of(session, which)
-    query = select(*_LISTED, OriginRow.peer_id, OriginRow.address)
-    query = query.outerjoin(OriginRow, OriginRow.digest == CardRow.digest).where(CardRow.digest.in_(which))
+    query = select(*_LISTED, EpochRow.epoch, OriginRow.peer_id, OriginRow.address).where(CardRow.digest.in_(which))
+    query = query.outerjoin(OriginRow, OriginRow.digest == CardRow.digest).outerjoin(EpochRow, _SAME_LABEL)
     entries = []
-    for *columns, peer_id, address in session.execute(query):
+    for *columns, seen, peer_id, address in session.execute(query):
         fields = dict(zip(_FIELDS, columns, strict=True))
         fields["domains"], fields["examples"] = tuple(fields["domains"]), tuple(fields["examples"])
         digest = fields["digest"]
         origin = None if peer_id is None else Origin(peer_id=peer_id, address=address)
-        entries.append(CardEntry(**fields, tags=tags.get(digest, ()), labels=labels.get(digest, ()), origin=origin))
+        entries.append(
+            CardEntry(
+                **fields,
+                tags=tags.get(digest, ()),
+                labels=labels.get(digest, ()),
+                origin=origin,
+                superseded=seen is not None and fields["epoch"] < seen,
+            )
+        )
     return entries
 
 
+_SAME_LABEL = and_(
+    EpochRow.publisher == CardRow.publisher, EpochRow.name == CardRow.name, EpochRow.version == CardRow.version
+)
 _FIELDS = tuple(column.key for column in _LISTED)
 
 
@@ -304,9 +403,13 @@ def _labels_of(session: Session, which: Select[str]) -> dict[str, tuple[str, ...
 
 
 def _in_order(entries: Iterable[CardEntry]) -> list[CardEntry]:
-    """By name; within a name the newest version first."""
-    newest = sorted(entries, key=lambda entry: (version_key(entry.version), entry.created, entry.digest), reverse=True)
+    """By name; within a name the newest version first, and of one version what was published anew last."""
+    newest = sorted(entries, key=_recency, reverse=True)
     return sorted(newest, key=lambda entry: entry.name)
+
+
+def _recency(entry: CardEntry) -> tuple[VersionKey, bool, datetime, str]:
+    return (version_key(entry.version), not entry.superseded, entry.created, entry.digest)
 
 
 def _holds_word(word: str) -> ColumnElement[bool]:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, Engine, MetaData, Table, create_engine, event, inspect, make_url, select
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from registry.errors import HomeError, RegistryError
 from registry.logs import get_logger
 from registry.tables import HEAD_REVISION
+from registry.urls import shown
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -27,6 +29,18 @@ if TYPE_CHECKING:
 _BUSY_TIMEOUT_S = 30
 _WRITER_LOCK = 0x6172726F776D6F65
 """Key of PostgreSQL's advisory lock; "arrowmoe" in ASCII."""
+
+_READS: dict[str, dict[str, Any]] = {
+    "sqlite": {},
+    "postgresql": {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True},
+}
+_POSTGRESQL_SESSION = (
+    "timezone = 'UTC'",  # the first and the last day of the calendar exist in no other zone
+    f"lock_timeout = '{_BUSY_TIMEOUT_S}s'",
+    "tcp_keepalives_idle = 30",  # a machine that vanished must not hold the writers' lock for hours
+    "tcp_keepalives_interval = 10",
+    "tcp_keepalives_count = 3",
+)
 
 _log = get_logger(__name__)
 
@@ -38,6 +52,7 @@ class Database:
         self.url = _url(url)
         self._engine = _engine(self.url)
         self._writer = self._engine.execution_options(arrowmoe_writes=True)
+        self._reader = self._engine.execution_options(**_READS[self._engine.dialect.name])
         try:
             self._migrate()
         except BaseException:
@@ -46,8 +61,8 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A transaction that only reads; on SQLite it sees one snapshot throughout. Raises `RegistryError`."""
-        with self._errors(), Session(self._engine) as session, session.begin():
+        """A transaction that only reads; it sees one snapshot throughout. Raises `RegistryError`."""
+        with self._errors(), Session(self._reader) as session, session.begin():
             yield session
 
     @contextmanager
@@ -77,9 +92,10 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except DBAPIError as error:
+        except (DBAPIError, PoolTimeoutError) as error:
+            reason = error.orig if isinstance(error, DBAPIError) else error
             raise RegistryError(
-                f"the catalog {self.url.render_as_string()} failed: {error.orig}",
+                f"the catalog {_name_of(self.url)} failed: {reason}",
                 hint="check that its disk is writable and not full, and that no other program holds it",
             ) from error
 
@@ -103,8 +119,13 @@ def _url(url: URL | str) -> URL:
         return make_url(url)
     except ArgumentError as error:
         raise HomeError(
-            f"expected a catalog URL, got {str(url)[:80]!r}", hint="for example postgresql+psycopg://user@host/name"
+            f"expected a catalog URL, got {shown(str(url))[:80]!r}",
+            hint="for example postgresql+psycopg://user@host/name",
         ) from error
+
+
+def _name_of(url: URL) -> str:
+    return shown(url.render_as_string())
 
 
 def _engine(url: URL) -> Engine:
@@ -112,13 +133,16 @@ def _engine(url: URL) -> Engine:
         engine = create_engine(url, **_arguments(url))
     except (ArgumentError, ModuleNotFoundError) as error:
         raise HomeError(
-            f"cannot use the catalog {url.render_as_string()}: {error}", hint="install the driver that the URL names"
+            f"cannot use the catalog {_name_of(url)}: {error}",
+            hint="install the driver that the URL names: pip install 'arrowmoe[postgresql]' brings psycopg",
         ) from error
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     else:
+        event.listen(engine, "connect", _configure_postgresql)
         event.listen(engine, "begin", _begin_postgresql)
+        event.listen(engine, "before_cursor_execute", _without_nul, retval=True)
     return engine
 
 
@@ -127,7 +151,7 @@ def _arguments(url: URL) -> dict[str, Any]:
         case "sqlite":
             return {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
         case "postgresql":
-            return {"pool_pre_ping": True}
+            return {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
         case other:
             raise HomeError(f"expected a catalog on sqlite or postgresql, got {other!r}", hint="use one of the two")
 
@@ -142,6 +166,31 @@ def _begin_sqlite(connection: Connection) -> None:
     # A reader that turns writer in the middle fails at once if another wrote meanwhile; no timeout helps there.
     writes = connection.get_execution_options().get("arrowmoe_writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _configure_postgresql(connection: Any, _record: object) -> None:
+    connection.autocommit = True  # what is set in a transaction that is rolled back is lost
+    with connection.cursor() as cursor:
+        for setting in _POSTGRESQL_SESSION:
+            cursor.execute(f"SET {setting}")
+    connection.autocommit = False
+
+
+def _without_nul(
+    _connection: object, _cursor: object, statement: str, parameters: Any, _context: object, executemany: bool
+) -> tuple[str, Any]:
+    """PostgreSQL's text cannot hold U+0000, which a prompt or a peer's description may: U+FFFD stands for it."""
+    return statement, [*map(_cleaned, parameters)] if executemany else _cleaned(parameters)
+
+
+def _cleaned(parameters: Any) -> Any:
+    if isinstance(parameters, dict):
+        return {name: _clean(value) for name, value in parameters.items()}
+    return tuple(map(_clean, parameters))
+
+
+def _clean(value: Any) -> Any:
+    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
 
 
 def _begin_postgresql(connection: Connection) -> None:

@@ -33,6 +33,7 @@ class CardEntry:
     domains: tuple[str, ...]
     examples: tuple[str, ...]
     publisher: str | None
+    epoch: int
     created: datetime
     added_at: datetime
     tags: tuple[str, ...]
@@ -40,6 +41,19 @@ class CardEntry:
     """Each as ``name@version``, sorted by name, the newest version first."""
     origin: Origin | None
     """None: published or imported here."""
+    superseded: bool
+    """Whether its publisher has published this name and version anew, so that the label cannot mean this card."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenCard:
+    """A card that the owner removed here, though it is not theirs to remove everywhere: no sync brings it back."""
+
+    digest: Digest
+    name: str
+    version: str
+    publisher: str | None
+    hidden_at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ ArrowMoEError
     ├── AmbiguousCardError    a digest prefix fits several cards
     ├── LabelTakenError       name and version already mean another card
     ├── MissingFileError      the catalog lists a card whose file is not there
+    ├── RemovedCardError      the card was removed, by its publisher for good or by this node's owner
+    ├── BlobStoreError        the store of the cards' files cannot be reached, or refuses
     └── HomeError             the home directory cannot be used
 """
 
@@ -71,6 +73,14 @@ class LabelTakenError(RegistryError):
 
 class MissingFileError(RegistryError):
     """The catalog lists a card whose file is not there."""
+
+
+class RemovedCardError(RegistryError):
+    """The card was removed, by its publisher for good or by this node's owner."""
+
+
+class BlobStoreError(RegistryError):
+    """The store of the cards' files cannot be reached, or refuses."""
 
 
 class HomeError(RegistryError):

@@ -57,6 +57,8 @@ def _few(patterns: object) -> object:
 
 CardName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?$")]
 CardVersion = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9.+_-]{0,30}[A-Za-z0-9])?$")]
+PublisherId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Epoch = Annotated[int, Field(ge=0, le=(1 << 53) - 1)]
 DigestText = Annotated[Digest, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
 Dimension = Annotated[int, Field(ge=0, le=1 << 40)]
 ModulePath = Annotated[str, StringConstraints(min_length=1, max_length=512)]
@@ -149,6 +151,8 @@ class Manifest(_Value):
     format: Literal[1] = 1
     name: CardName
     version: CardVersion = "1"
+    epoch: Epoch = 0
+    """Counts what the publisher published under this name; of two cards of one label their greater one is the later."""
     publisher: str | None = None
     parents: Texts = ()
     base: BaseRef

@@ -11,8 +11,9 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,19 +23,30 @@ from pydantic import TypeAdapter, ValidationError
 from registry.blobs import BlobStore, FileBlobStore
 from registry.card import LoRACard
 from registry.catalog import Catalog
+from registry.changes import Changes
 from registry.database import Database, sqlite_url
 from registry.digest import Digest
-from registry.entries import CardEntry, Origin, VerifyReport
-from registry.errors import CardError, HomeError, MissingFileError, RegistryError, UnknownCardError
+from registry.entries import CardEntry, HiddenCard, Origin, VerifyReport
+from registry.errors import (
+    CardError,
+    HomeError,
+    LabelTakenError,
+    MissingFileError,
+    RegistryError,
+    RemovedCardError,
+    UnknownCardError,
+)
 from registry.format import LoRAFormat
 from registry.identity import Identity
 from registry.logs import get_logger
 from registry.manifest import CardName, CardVersion
 from registry.pending import Pending
+from registry.remote_blobs import RemoteBlobStore
+from registry.tombstones import Tombstone
 
 __all__ = ["CardEntry", "Origin", "Registry", "VerifyReport"]
 
-_CARDS, _TMP, _CATALOG = "cards", "tmp", "catalog.sqlite"
+_CARDS, _CACHE, _TMP, _CATALOG = "cards", "cache", "tmp", "catalog.sqlite"
 _NAME: TypeAdapter[str] = TypeAdapter(CardName)
 _VERSION: TypeAdapter[str] = TypeAdapter(CardVersion)
 
@@ -42,6 +54,7 @@ _log = get_logger(__name__)
 
 Entries = list[CardEntry]  # within the class `list` is its method
 Reports = list[VerifyReport]
+HiddenCards = list[HiddenCard]
 
 
 class Registry:
@@ -60,10 +73,11 @@ class Registry:
         self._heal()
 
     @classmethod
-    def open(cls, home: Path | str, *, catalog_url: str | None = None) -> Registry:
-        """Open a home, made if there is none (mode 0700); `catalog_url` names a database other than its SQLite file.
+    def open(cls, home: Path | str, *, catalog_url: str | None = None, blobs_url: str | None = None) -> Registry:
+        """Open a home, made if there is none (mode 0700).
 
-        Raises `HomeError`, and `RegistryError` where the database fails.
+        `catalog_url` names a database other than its SQLite file, `blobs_url` a store of cards other than its folder
+        (`registry.remote_blobs`). Raises `HomeError`, and `RegistryError` where the database fails.
         """
         home = Path(home).expanduser().absolute()
         with _home_errors(home), ExitStack() as undo:
@@ -71,38 +85,64 @@ class Registry:
             identity = Identity.open(home)
             database = Database(catalog_url or sqlite_url(home / _CATALOG))
             undo.callback(database.close)
-            registry = cls(home, identity, FileBlobStore(home / _CARDS), database)
+            blobs = RemoteBlobStore.open(blobs_url, home / _CACHE) if blobs_url else FileBlobStore(home / _CARDS)
+            registry = cls(home, identity, blobs, database)
             undo.pop_all()
             return registry
 
     def publish(self, card: LoRACard, *, tags: Iterable[str] = ()) -> CardEntry:
         """Store a card of this node under its name and version; an unsigned one is signed first.
 
-        The same card again gives the same entry, and so does an unsigned one that differs only in when it was made.
-        Raises `LabelTakenError` if the label means another card, and `CardIntegrityError` if the card does not hold
-        what its manifest promises.
+        It is signed with the next epoch of this node and the name. The same card again gives the same entry, and so
+        does an unsigned one that differs only in when it was made. Raises `LabelTakenError` if the label means another
+        card, `RemovedCardError` for a signed one that its publisher removed, and `CardIntegrityError` if the card
+        does not hold what its manifest promises.
         """
         tags = _checked_tags(tags)
-        if card.signature is None:
-            card = self._published_before(card) or card.signed(self.identity)
-        card.verify()
-        self._catalog.check_label_free(card)
-        return self._store(card, tags=tags, exclusive=True)
+        if card.signature is not None:
+            return self._store(card, tags=tags, exclusive=True, verify=True)
+        while True:
+            signed = self._signed(card)
+            try:
+                return self._store(signed, tags=tags, exclusive=True, newest=True, verify=True)
+            except (LabelTakenError, RemovedCardError):
+                continue  # another process published or removed one of this name since, so there is a next epoch
+
+    def _signed(self, card: LoRACard) -> LoRACard:
+        """This card as it was published before, else with the next epoch and this node's signature."""
+        before = self._published_before(card)
+        if before is not None:
+            return before
+        return self._with_epoch(card, self._catalog.next_epoch(self.identity.id, card.name))
+
+    def _with_epoch(self, card: LoRACard, epoch: int) -> LoRACard:
+        return card.describe(epoch=epoch).signed(self.identity)
 
     def _published_before(self, card: LoRACard) -> LoRACard | None:
-        """This card as it was published before, if the one that has its label differs in nothing but its making."""
+        """This card as it was published before, if the one that has its label differs in nothing but its making.
+
+        None if the label is free. Raises `LabelTakenError`.
+        """
         try:
-            known = self.get(f"{card.name}@{card.version}")
-        except (UnknownCardError, CardError, MissingFileError):
+            entry = self._catalog.entry(f"{card.name}@{card.version}")
+        except UnknownCardError:
             return None
-        if _without_making(known) != _without_making(card):
-            return None
-        return replace(card, manifest_bytes=known.manifest_bytes, manifest=known.manifest, signature=known.signature)
+        known = self._with_epoch(card, entry.epoch)  # the same bytes would heal a file that is lost or damaged
+        if known.digest == entry.digest:
+            return known
+        with suppress(CardError, MissingFileError):
+            known = self._blobs.load(entry.digest)
+            if _without_making(known) == _without_making(card):
+                return replace(known, tensors=card.tensors)
+        self._catalog.check(card, by_hand=True, exclusive=True, newest=False)
+        return None
 
     def admit(self, card: LoRACard, *, origin: Origin, tags: Iterable[str] = ()) -> CardEntry:
         """Store a peer's card, whose tensors were verified as they came, byte for byte as it was signed.
 
-        If its label means another card here, both stay. Raises `CardIntegrityError` for a false signature.
+        If its label means another card here, both stay; if its publisher has published that label anew, the card
+        comes without it. Raises `CardIntegrityError` for a false signature, and `RemovedCardError` for a card that
+        its publisher removed, or this node's owner.
         """
         card.verify_signature()
         return self._store(card, tags=_checked_tags(tags), origin=origin)
@@ -110,7 +150,8 @@ class Registry:
     def import_file(self, path: Path | str, *, tags: Iterable[str] = ()) -> CardEntry:
         """Store the card in a foreign `.lora.arrow` file: read in full, verified, and written anew. Not signed anew.
 
-        If its label means another card here, both stay. Raises `CardError`.
+        If its label means another card here, both stay; a card that was hidden here is so no more. Raises `CardError`,
+        and `RemovedCardError` for a card that its publisher removed.
         """
         card = LoRAFormat.load(path, memory_map=False, verify=True)
         return self._store(card, tags=_checked_tags(tags))
@@ -139,7 +180,8 @@ class Registry:
         """The newest version of each card: of each name, for each base model."""
         found: dict[tuple[str, str | None], CardEntry] = {}
         for entry in self.list():
-            found.setdefault((entry.name, entry.base_name), entry)
+            if not entry.superseded:
+                found.setdefault((entry.name, entry.base_name), entry)
         return [*found.values()]
 
     def search(self, text: str) -> Entries:
@@ -159,13 +201,57 @@ class Registry:
         self._catalog.untag(ref, tags)
 
     def remove(self, ref: str) -> CardEntry:
-        """Remove the card behind `ref` with all its labels; who has it open keeps it until they let go."""
-        digest = self._catalog.resolve(ref)
-        with self._pending.working_on(digest):
-            entry = self._catalog.remove(digest)
-            self._blobs.delete(digest)
-        _log.info("card_removed", name=entry.name, version=entry.version, digest=digest)
+        """Remove the card behind `ref` with all its labels; who has it open keeps it until they let go.
+
+        A card that this node published is removed everywhere and for good, by a signed tombstone. Another's is only
+        hidden here: no sync fetches it again until it is imported by hand, or `unhide` lets it come.
+        """
+        entry = self._catalog.entry(ref)
+        if entry.publisher == self.identity.id:
+            if not self._bury(Tombstone.of(entry, self.identity, now=datetime.now(UTC))):
+                raise UnknownCardError(f"no card is known as {ref[:200]!r}", hint="another process has removed it")
+        else:
+            with self._pending.working_on(entry.digest):
+                self._catalog.remove(entry.digest)
+                self._blobs.delete(entry.digest)
+        _log.info("card_removed", name=entry.name, version=entry.version, digest=entry.digest)
         return entry
+
+    def apply_tombstone(self, tombstone: Tombstone, *, origin: Origin | None = None) -> bool:
+        """Remove the card of a tombstone that `origin` passed on, or keep it from ever coming; False if known before.
+
+        Raises `CardIntegrityError` if it is not signed by its publisher, or is not of that publisher's card.
+        """
+        tombstone.verify()
+        news = self._bury(tombstone)
+        if news:
+            source = None if origin is None else origin.peer_id
+            _log.info("tombstone_applied", card=tombstone.label, digest=tombstone.digest, peer=source)
+        return news
+
+    def _bury(self, tombstone: Tombstone) -> bool:
+        """The row first, then the file."""
+        with self._pending.working_on(tombstone.digest):
+            news = self._catalog.bury(tombstone)
+            if news:
+                self._blobs.delete(tombstone.digest)
+        return news
+
+    def hidden(self) -> HiddenCards:
+        """The cards that were removed here only."""
+        return self._catalog.hidden()
+
+    def unhide(self, ref: str) -> HiddenCard:
+        """Let the hidden card behind `ref` come back by a sync. Raises `UnknownCardError` or `AmbiguousCardError`."""
+        return self._catalog.unhide(ref)
+
+    def refused(self, offered: Iterable[tuple[Digest, str | None]]) -> set[Digest]:
+        """Those of the `offered` cards (digest, publisher) that `admit` would refuse as removed."""
+        return self._catalog.refused(offered)
+
+    def changes(self, since: int = 0, limit: int = 1000) -> Changes:
+        """What changed here after number `since`: cards that came, were removed or hidden. See `registry.changes`."""
+        return self._catalog.changes(since, limit)
 
     def verify(self, ref: str | None = None) -> Reports:
         """Read every byte of one card, or of all, and of files without rows; what is damaged stays as it is."""
@@ -204,12 +290,29 @@ class Registry:
         self.close()
 
     def _store(
-        self, card: LoRACard, *, tags: Iterable[str], origin: Origin | None = None, exclusive: bool = False
+        self,
+        card: LoRACard,
+        *,
+        tags: Iterable[str],
+        origin: Origin | None = None,
+        exclusive: bool = False,
+        newest: bool = False,
+        verify: bool = False,
     ) -> CardEntry:
         """The file first, then the row."""
+        if verify:
+            card.verify()
+        self._catalog.check(card, by_hand=origin is None, exclusive=exclusive, newest=newest)
+        refusal: RegistryError | None = None
         with self._pending.working_on(card.digest):
             self._blobs.put(card)
-            entry = self._catalog.add(card, tags=tags, origin=origin, exclusive=exclusive)
+            try:
+                entry = self._catalog.add(card, tags=tags, origin=origin, exclusive=exclusive, newest=newest)
+            except (LabelTakenError, RemovedCardError) as error:  # since the check
+                self._blobs.delete(card.digest)
+                refusal = error
+        if refusal is not None:
+            raise refusal
         _log.info("card_stored", name=card.name, version=card.version, digest=card.digest)
         return entry
 
@@ -224,16 +327,15 @@ class Registry:
         """What is wrong with one card; None if it is gone meanwhile."""
         with self._pending.looking_at(digest):
             entry = self._catalog.entry(digest) if self._catalog.holds(digest) else None
-            path = self._blobs.path_of(digest)
-            if entry is None and not path.exists():
+            if entry is None and not self._blobs.holds(digest):
                 return None
             try:
                 card = self._blobs.load(digest, verify=True, memory_map=False)
             except (CardError, MissingFileError) as error:
-                hint = _ON_DAMAGE if entry else f"no row mentions it: delete {path}"
+                hint = _ON_DAMAGE if entry else f"no row mentions it: delete {self._blobs.place_of(digest)}"
                 return VerifyReport(digest=digest, entry=entry, reason=str(error), hint=hint)
         if entry is None:
-            hint = f"import it ({path}) to keep the card, or delete it"
+            hint = f"import it ({self._blobs.path_of(digest)}) to keep the card, or delete it"
             return VerifyReport(digest=digest, entry=None, reason="a file without a row in the catalog", hint=hint)
         if (card.name, card.version, card.nbytes) != (entry.name, entry.version, entry.nbytes):
             reason = f"the catalog says {entry.name}@{entry.version}, the card {card.name}@{card.version}"
@@ -271,7 +373,7 @@ def _home_errors(home: Path) -> Iterator[None]:
 
 def _without_making(card: LoRACard) -> dict[str, object]:
     fields: dict[str, object] = json.loads(card.manifest_bytes)
-    return {key: value for key, value in fields.items() if key not in ("created", "publisher")}
+    return {key: value for key, value in fields.items() if key not in ("created", "publisher", "epoch")}
 
 
 def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, ForeignKey, 
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-HEAD_REVISION = "0002"
+HEAD_REVISION = "0003"
 """The schema that this code speaks; known here so that opening an up-to-date catalog need not import Alembic."""
 
 
@@ -68,6 +68,7 @@ class CardRow(Base):
     search_text: Mapped[str] = mapped_column(Text)
     """Name, description, domains and examples, case-folded (a database's own `lower` knows only ASCII)."""
     publisher: Mapped[str | None] = mapped_column(ForeignKey("publishers.fingerprint"))
+    epoch: Mapped[int] = mapped_column(BigInteger)
     created: Mapped[datetime]
     added_at: Mapped[datetime]
 
@@ -101,3 +102,57 @@ class OriginRow(Base):
     digest: Mapped[str] = mapped_column(ForeignKey("cards.digest", ondelete="CASCADE"), primary_key=True)
     peer_id: Mapped[str] = mapped_column(Text)
     address: Mapped[str] = mapped_column(Text)
+
+
+class EpochRow(Base):
+    """The greatest epoch seen of a publisher, a name and a version, in cards and tombstones; it never falls."""
+
+    __tablename__ = "epochs"
+
+    publisher: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(96), primary_key=True)
+    version: Mapped[str] = mapped_column(String(32), primary_key=True)
+    epoch: Mapped[int] = mapped_column(BigInteger)
+
+
+class TombstoneRow(Base):
+    """A publisher's word that their card is removed, kept for good; of another publisher's card it says nothing."""
+
+    __tablename__ = "tombstones"
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    publisher: Mapped[str] = mapped_column(String(32), primary_key=True)
+    body: Mapped[bytes] = mapped_column(LargeBinary)
+    signature: Mapped[str] = mapped_column(Text)
+
+
+class HiddenRow(Base):
+    """A card that this node's owner removed and only its publisher could remove everywhere."""
+
+    __tablename__ = "hidden"
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    name: Mapped[str] = mapped_column(String(96))
+    version: Mapped[str] = mapped_column(String(32))
+    publisher: Mapped[str | None] = mapped_column(String(32))
+    hidden_at: Mapped[datetime]
+
+
+class ChangeRow(Base):
+    """The latest change of a card, by number; an earlier one of the same card is forgotten."""
+
+    __tablename__ = "changes"
+
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    publisher: Mapped[str] = mapped_column(String(32), primary_key=True)
+    """Empty for a card that nobody signed."""
+    sequence: Mapped[int] = mapped_column(BigInteger, unique=True)
+    kind: Mapped[str] = mapped_column(String(8))
+
+
+class IndexRow(Base):
+    """One row: the random id under which the changes of this database are numbered."""
+
+    __tablename__ = "change_index"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 
+from registry.database import Database
 from registry.store import Registry
+from tests.registry.databases import KINDS, new_database
 
 
 @pytest.fixture
@@ -34,3 +38,29 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Registry.open(home).close()
     (home / "identity.key").unlink()
     return home
+
+
+@pytest.fixture(params=KINDS)
+def new_catalog_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without tables, on each that a catalog can be in."""
+    with new_database(request.param, tmp_path) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a database on PostgreSQL with its tables, to be copied as `empty_home` is."""
+    with new_database("postgresql", tmp_path_factory.mktemp("template")) as url:
+        Database(url).close()
+        yield str(make_url(url).database)
+
+
+@pytest.fixture(params=KINDS)
+def catalog_url(request: pytest.FixtureRequest, tmp_path: Path, empty_home: Path) -> Iterator[str]:
+    """A database with its tables and no rows, on each that a catalog can be in."""
+    postgresql = request.param == "postgresql"
+    template = request.getfixturevalue("migrated_template") if postgresql else ""
+    with new_database(request.param, tmp_path, template) as url:
+        if not postgresql:
+            shutil.copy(empty_home / "catalog.sqlite", tmp_path)
+        yield url

@@ -53,7 +53,7 @@ class App:
     @contextmanager
     def registry(self) -> Iterator[Registry]:
         """The home's registry, open."""
-        with self.logging(), arrowmoe.Registry.open(self.settings.home) as registry:
+        with self.logging(), arrowmoe.Registry.open(self.settings.home, **self.settings.stores) as registry:
             yield registry
 
     def node(self) -> NodeRecord | None:

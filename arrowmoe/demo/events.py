@@ -142,7 +142,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Grown:
-    """An expert that passed the gate: of `examples` from the teacher `held_out` were its exam.
+    """An expert for a gap of `prompts` that passed the gate, whose exam were `held_out` examples.
 
     `base` and `candidate` are the shares of them answered right, `rise_nats` what the loss on general text rises.
     """
@@ -150,7 +150,6 @@ class Grown:
     name: str
     label: str
     prompts: int
-    examples: int
     held_out: int
     base: float
     candidate: float

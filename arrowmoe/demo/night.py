@@ -16,15 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from arrowmoe import views
 from arrowmoe.demo.events import Asked, Grown, Learnt, Training, Waiting
 from arrowmoe.demo.nodes import DemoError, NodeProcess, node_process
 from arrowmoe.demo.scores import share
 from arrowmoe.demo.shipped import BASES, DATA, Example, family
+from registry.store import Registry
 
 ASKED = 40
 SHOWN = 2
 ANSWER_TOKENS = 16
-TOLD_EVERY = 10
+TOLD_EVERY = 4
 """Training steps between two lines about the loss."""
 SETTINGS = {
     "ARROWMOE_TEACHER__MODEL": "warehouse-handbook",
@@ -32,7 +34,8 @@ SETTINGS = {
     "ARROWMOE_DEMO_KEY": "any word will do",
     "ARROWMOE_TEACHER__DISCLOSURE": "full",
     "ARROWMOE_EVOLUTION__MOST_EXAMPLES": "160",
-    "ARROWMOE_EVOLUTION__STEPS": "40",
+    "ARROWMOE_EVOLUTION__STEPS": "24",
+    "ARROWMOE_EVOLUTION__ANCHORS": "60",
 }
 """Prompts leave node A in full: its teacher is on this machine, and the warehouse invented."""
 
@@ -104,21 +107,24 @@ def _grown(a: NodeProcess) -> Generator[Waiting | Training, None, Grown]:
             told = one["step"]
             yield Training(step=told, steps=one["steps"], loss_nats=one["loss_nats"])
             yield Waiting(text="A's night: train")
-    return _of_report(report.result())
+    return _of_report(a, report.result())
 
 
-def _of_report(report: Mapping[str, Any]) -> Grown:
+def _of_report(a: NodeProcess, report: Mapping[str, Any]) -> Grown:
+    """What A published, with the evidence that the card itself carries."""
     (found,) = report["nights"]
-    published = [gap for gap in found["gaps"] if gap["state"] == "published"]
-    if not published:
-        why = "; ".join(gap["why"] for gap in found["gaps"]) or f"found were {found['found']}"
+    if not found["published"]:
+        why = "; ".join(gap["why"] for gap in found["gaps"]) or f"it found {found['found'] or 'nothing'}"
         raise DemoError(f"A's night published nothing: {why}")
-    gate, examples = published[0]["gate"], published[0]["examples"]
+    label = found["published"][0]
+    with Registry.open(a.home) as registry:
+        card = registry.get(label)
+    gate = views.gate(card.manifest.evaluation["gate"])
+    assert gate is not None
     return Grown(
-        name=published[0]["name"],
-        label=found["published"][0],
-        prompts=published[0]["size"],
-        examples=examples["training"] + examples["validation"] + examples["held_out"],
+        name=card.name,
+        label=label,
+        prompts=card.manifest.training["gap"]["prompts"],
         held_out=int(gate["items"]),
         base=gate["base"],
         candidate=gate["candidate"],

@@ -148,3 +148,17 @@ def test_every_setting_has_a_meaning_and_a_line_in_the_docs() -> None:
         assert Settings.meaning(name).partition(";")[0].partition(":")[0] in line.replace("`", ""), name
         if isinstance(value, bool | float) or name in ("device", "embedder", "dtype"):
             assert f"| `{json.dumps(value).strip(chr(34)).removesuffix('.0')}` |" in line, name
+
+
+def test_urls_of_stores_are_shown_without_their_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARROWMOE_CATALOG_URL", "postgresql+psycopg://me:hush@host/name")
+    monkeypatch.setenv("ARROWMOE_BLOBS_URL", "s3://me:hush@bucket/cards?region=x")
+    loaded = load()
+    shown = {name: value for name, value, _ in loaded.rows()}
+    assert shown["catalog_url"] == "postgresql+psycopg://me:***@host/name"
+    assert shown["blobs_url"] == "s3://me:***@bucket/cards?region=x"
+    assert "hush" not in repr(loaded)
+    assert loaded.settings.stores == {
+        "catalog_url": "postgresql+psycopg://me:hush@host/name",
+        "blobs_url": "s3://me:hush@bucket/cards?region=x",
+    }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 from evolution.budget import Budget
 from evolution.errors import BudgetSpentError
-from registry.database import Database, sqlite_url
+from registry.database import Database
 
 
-def main(path: str, calls: int) -> None:
-    budget = Budget(Database(sqlite_url(Path(path))), "night", limit_microusd=200, limit_tokens=200)
+def main(url: str, calls: int) -> None:
+    budget = Budget(Database(url), "night", limit_microusd=200, limit_tokens=200)
     if calls < 0:
         budget.reserve(7, 7)
         os._exit(1)

@@ -8,25 +8,22 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
 from evolution.budget import LEASE_S, Budget, Cost, Price
 from evolution.errors import BudgetSpentError
-from registry.database import Database, sqlite_url
+from registry.database import Database
 
 
 @pytest.fixture
-def url(tmp_path: Path, empty_home: Path) -> str:
-    path = tmp_path / "catalog.sqlite"
-    path.write_bytes((empty_home / "catalog.sqlite").read_bytes())
-    return str(path)
+def url(catalog_url: str) -> str:
+    return catalog_url
 
 
 @pytest.fixture
 def database(url: str) -> Iterator[Database]:
-    opened = Database(sqlite_url(Path(url)))
+    opened = Database(url)
     yield opened
     opened.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,13 +14,13 @@ from evolution.errors import SignalError
 from evolution.protocols import Floats
 from evolution.signals import Signal
 from evolution.tables import NoteRow
-from registry.database import Database, sqlite_url
+from registry.database import Database
 from tests.evolution.test_dissonance import pairs_auroc, simulated
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(sqlite_url(tmp_path / "catalog.sqlite"))
+def database(catalog_url: str) -> Iterator[Database]:
+    database = Database(catalog_url)
     yield database
     database.close()
 

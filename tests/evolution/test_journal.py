@@ -19,8 +19,8 @@ NIGHT = datetime(2026, 3, 1, 2, tzinfo=UTC)
 
 
 @pytest.fixture
-def url(new_catalog_url: str) -> str:
-    return new_catalog_url
+def url(catalog_url: str) -> str:
+    return catalog_url
 
 
 @pytest.fixture

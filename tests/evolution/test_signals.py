@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from evolution.errors import SignalError
 from evolution.signals import Pruned, Signal, SignalCounts, SignalPolicy, SignalStore
-from registry.database import Database, sqlite_url
+from registry.database import Database
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -34,8 +33,8 @@ class Clock:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    database = Database(sqlite_url(tmp_path / "catalog.sqlite"))
+def database(catalog_url: str) -> Iterator[Database]:
+    database = Database(catalog_url)
     yield database
     database.close()
 

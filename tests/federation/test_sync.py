@@ -11,7 +11,7 @@ from federation import wire
 from federation.peer import Peer
 from federation.server import LoRAFlightServer
 from federation.sync import PeerReport, SyncMemory, SyncProgress, SyncReport, sync
-from registry.digest import digest_of
+from registry.digest import Digest, digest_of
 from registry.store import Registry
 from tests.federation.conftest import serving
 from tests.federation.liar import Liar, entry_of
@@ -41,6 +41,12 @@ def serve(make_registry: Callable[[str], Registry]) -> Iterator[Callable[[str], 
 def only_peer(report: SyncReport) -> PeerReport:
     (peer,) = report.peers
     return peer
+
+
+def remove_for_now(registry: Registry, digest: Digest) -> None:
+    """As if it had never come."""
+    registry.remove(digest)
+    registry.unhide(digest)
 
 
 def files(registry: Registry) -> dict[str, bytes]:
@@ -198,6 +204,20 @@ def test_memory_spares_the_inventory_until_either_side_changes(
         assert asked == expected
 
 
+def test_what_was_removed_here_is_not_fetched_again_until_it_may_come(
+    ours: Registry, theirs: Registry, peer: Peer
+) -> None:
+    entry = theirs.publish(small_card("a"))
+    memory: SyncMemory = {}
+    assert sync(ours, [peer], memory=memory).fetched
+    ours.remove("a")
+    for _ in range(2):
+        report = only_peer(sync(ours, [peer], memory=memory))
+        assert (report.missing, report.failed, report.bytes_moved) == ((), (), 0)
+    ours.unhide("a")
+    assert [found.digest for found in sync(ours, [peer], memory=memory).fetched] == [entry.digest]
+
+
 def test_memory_forgets_nothing_that_failed(ours: Registry, liar: Liar) -> None:
     honest, liar.tensor_bytes = liar.tensor_bytes, lambda: iter([])
     memory: SyncMemory = {}
@@ -275,7 +295,7 @@ def test_a_flipped_bit_on_the_wire_is_never_stored(ours: Registry, theirs: Regis
     with Proxy(server.port) as proxy:
         sync(ours, [Peer.at(proxy.address)])
         total = proxy.bytes_back
-        ours.remove(digest)
+        remove_for_now(ours, digest)
         outcomes = []
         for position in range(0, total, total // 40):
             proxy.reset()
@@ -284,7 +304,7 @@ def test_a_flipped_bit_on_the_wire_is_never_stored(ours: Registry, theirs: Regis
             outcomes.append(bool(report.failed or report.error))
             for entry in report.fetched:
                 assert ours.get(entry.digest, verify=True).digest == digest
-                ours.remove(entry.digest)
+                remove_for_now(ours, entry.digest)
             assert ours.digests() == set()
         assert sum(outcomes) > len(outcomes) // 2
 

@@ -1,11 +1,7 @@
-"""The catalog: a contract for every database, label resolution, and the schema's migrations.
-
-Set ARROWMOE_TEST_CATALOG_URL to run the contract on another database too (its name must contain "test": it is emptied).
-"""
+"""The catalog: a contract for every database, label resolution, and the schema's migrations."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, text
 
 from evolution.tables import SignalRow
 from registry.card import LoRACard
@@ -33,16 +29,12 @@ from registry.labels import Label, newest, newest_first, next_version, version_k
 from registry.tables import HEAD_REVISION, Base
 from tests.registry.cards import small_card
 
-_EXTRA_URL = os.environ.get("ARROWMOE_TEST_CATALOG_URL")
 _NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
-@pytest.fixture(params=["sqlite", *([_EXTRA_URL] if _EXTRA_URL else [])])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return sqlite_url(tmp_path / "catalog.sqlite").render_as_string(hide_password=False)
-    _empty(request.param)
-    return str(request.param)
+@pytest.fixture
+def url(catalog_url: str) -> str:
+    return catalog_url
 
 
 @pytest.fixture
@@ -55,15 +47,6 @@ def database(url: str) -> Iterator[Database]:
 @pytest.fixture
 def catalog(database: Database) -> Catalog:
     return Catalog(database)
-
-
-def _empty(url: str) -> None:
-    assert "test" in str(make_url(url).database), "this database is emptied: its name must contain 'test'"
-    engine = create_engine(url)
-    Base.metadata.drop_all(engine)
-    with engine.begin() as connection:
-        connection.execute(text("DROP TABLE IF EXISTS alembic_version"))
-    engine.dispose()
 
 
 # The contract -------------------------------------------------------------------------------------------------------
@@ -333,14 +316,12 @@ def test_a_catalog_of_a_newer_arrowmoe_is_refused_untouched(url: str, database: 
         assert session.scalar(text("SELECT version_num FROM alembic_version")) == "9999"
 
 
-def test_an_interrupted_migration_is_done_anew(url: str, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    database.close()
-    _empty(url)
+def test_an_interrupted_migration_is_done_anew(new_catalog_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alembic.op.create_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        Database(url)
+        Database(new_catalog_url)
     monkeypatch.undo()
-    again = Database(url)
+    again = Database(new_catalog_url)
     assert Catalog(again).list() == []
     again.close()
 

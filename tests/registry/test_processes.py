@@ -16,6 +16,8 @@ from sqlalchemy import text
 from registry.database import Database, sqlite_url
 from registry.store import Registry
 from registry.tables import HEAD_REVISION
+from tests.registry.databases import KINDS, new_database
+from tests.registry.worker import CATALOG_VARIABLE
 
 _DEADLINE_S = 60
 
@@ -23,6 +25,19 @@ _DEADLINE_S = 60
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
+
+
+@pytest.fixture(params=KINDS)
+def catalog_url(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str | None]:
+    """Where the home's catalog is; None: in the home. The workers are told."""
+    if request.param == "sqlite":
+        yield None
+        return
+    with new_database(request.param, tmp_path) as url:
+        monkeypatch.setenv(CATALOG_VARIABLE, url)
+        yield url
 
 
 @pytest.fixture
@@ -46,12 +61,12 @@ def lines_of(process: subprocess.Popen[str]) -> list[str]:
     return out.split()
 
 
-def test_four_writers_and_a_reader_share_a_fresh_home(home: Path, started: ExitStack) -> None:
+def test_four_writers_and_a_reader_share_a_fresh_home(home: Path, catalog_url: str | None, started: ExitStack) -> None:
     writers = [start(started, "publish", home, 100 * index, 25) for index in range(4)]
     reader = start(started, "read", home, 100)
     published = [digest for writer in writers for digest in lines_of(writer)]
     assert lines_of(reader) == ["100"]
-    with Registry.open(home) as registry:
+    with Registry.open(home, catalog_url=catalog_url) as registry:
         assert registry.digests() == set(published)
         assert len(published) == 100
         assert {entry.publisher for entry in registry.list()} == {registry.identity.id}
@@ -70,21 +85,24 @@ def test_processes_that_open_a_fresh_home_at_once_agree(home: Path, started: Exi
     database.close()
 
 
-def test_publishing_and_removing_one_card_at_once_keeps_row_and_file_together(home: Path, started: ExitStack) -> None:
-    with Registry.open(home) as registry:
+def test_publishing_and_removing_one_card_at_once_keeps_row_and_file_together(
+    home: Path, catalog_url: str | None, started: ExitStack
+) -> None:
+    with Registry.open(home, catalog_url=catalog_url) as registry:
         fighters = [start(started, "fight", home, 25) for _ in range(3)]
-        [digest] = {digest for fighter in fighters for digest in lines_of(fighter)}
+        digests = {digest for fighter in fighters for digest in lines_of(fighter)}
         assert registry.digests() == set()
         assert registry.verify() == []
-        assert not (home / "cards" / digest[7:9]).exists() or not list((home / "cards" / digest[7:9]).iterdir())
+        assert not list((home / "cards").rglob("*.arrow"))
+        assert {change.digest for change in registry.changes().tombstones} == digests
 
 
-def test_a_kill_at_any_moment_loses_no_published_card(home: Path, started: ExitStack) -> None:
+def test_a_kill_at_any_moment_loses_no_published_card(home: Path, catalog_url: str | None, started: ExitStack) -> None:
     rng = random.Random(20261121)
     kept: set[str] = set()
     removed: set[str] = set()
     undecided: set[str] = set()
-    with Registry.open(home) as registry:
+    with Registry.open(home, catalog_url=catalog_url) as registry:
         for attempt in range(15):
             said = _killed_while_publishing(started, home, 1000 * attempt, rng.uniform(0.0, 0.12))
             kept |= {line[1:] for line in said if line[0] == "+"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,19 +15,20 @@ from registry.errors import UnknownCardError
 from registry.store import Registry
 from tests.registry.cards import small_card
 
+CATALOG_VARIABLE = "ARROWMOE_WORKER_CATALOG"
 LARGE = {"model.layers.0.mlp.up_proj": (4096, 4096)}  # 128 KiB at rank 4: writing it takes a while
 
 
 def publish(home: Path, first: int, number: int) -> Iterator[str]:
     """Publish `number` cards, named by their seeds; a line for each, once it is published."""
-    with Registry.open(home) as registry:
+    with _opened(home) as registry:
         for seed in range(first, first + number):
             yield registry.publish(small_card(f"card-{seed}", seed=seed), tags=["made"]).digest
 
 
 def churn(home: Path, first: int) -> Iterator[str]:
     """Publish without end, and remove every third card again."""
-    with Registry.open(home) as registry:
+    with _opened(home) as registry:
         for seed in count(first):
             entry = registry.publish(_large(seed))
             yield f"+{entry.digest}"
@@ -38,7 +40,7 @@ def churn(home: Path, first: int) -> Iterator[str]:
 
 def fight(home: Path, rounds: int) -> Iterator[str]:
     """Publish and remove one and the same card, as others do at the same time."""
-    with Registry.open(home) as registry:
+    with _opened(home) as registry:
         for _ in range(rounds):
             digest = registry.publish(small_card("bone")).digest
             with suppress(UnknownCardError):
@@ -48,7 +50,7 @@ def fight(home: Path, rounds: int) -> Iterator[str]:
 
 def read(home: Path, number: int) -> Iterator[str]:
     """List until `number` cards are there, and load every card that was listed."""
-    with Registry.open(home) as registry:
+    with _opened(home) as registry:
         seen: set[str] = set()
         while len(seen) < number:
             entries = registry.list()
@@ -64,8 +66,12 @@ def read(home: Path, number: int) -> Iterator[str]:
 
 def identify(home: Path) -> Iterator[str]:
     """Open the home and say who we are."""
-    with Registry.open(home) as registry:
+    with _opened(home) as registry:
         yield registry.identity.id
+
+
+def _opened(home: Path) -> Registry:
+    return Registry.open(home, catalog_url=os.environ.get(CATALOG_VARIABLE))
 
 
 def _large(seed: int) -> LoRACard:
