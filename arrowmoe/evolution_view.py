@@ -10,8 +10,9 @@ from typing import Any
 from arrowmoe import views
 from arrowmoe.settings import Settings
 from evolution.budget import Cost, Standing, standing_of
+from evolution.clock import Now, utc_now
 from evolution.errors import JobError
-from evolution.journal import DONE, FAILED, SCHEDULE, GapRecord, Job, Journal, NightRecord, Now, Step, utc_now
+from evolution.journal import DONE, FAILED, SCHEDULE, GapRecord, Job, Journal, NightRecord, Step
 from evolution.schedule import NightSchedule
 from evolution.teacher_audit import TeacherAudit
 from registry.store import Registry

@@ -27,10 +27,11 @@ from arrowmoe.settings import EvolutionSettings, Settings
 from arrowmoe.signalling import SignalRecorder, signal_store
 from arrowmoe.students import EngineStudents, NightRoutes
 from evolution.anchors import anchors
+from evolution.clock import Now, utc_now
 from evolution.executors import Executor, LocalProcess
 from evolution.gaps import Clustering
 from evolution.gate import Bars
-from evolution.journal import SCHEDULE, Journal, Now, utc_now
+from evolution.journal import SCHEDULE, Journal
 from evolution.protocols import Example, Routes, Students, Teacher
 from evolution.schedule import POLL_S, NightSchedule, NightWatch
 from evolution.skill_distiller import Recipe, SkillDistiller

@@ -10,10 +10,10 @@ from arrowmoe.inference import Inference
 from arrowmoe.settings import EvolutionSettings, Settings, TeacherSettings
 from arrowmoe.students import EngineStudent
 from evolution.budget import Budget, Price
+from evolution.clock import Now, utc_now
 from evolution.cloud_distiller import CloudDistiller
 from evolution.errors import TeacherError
 from evolution.examples import read_examples
-from evolution.journal import Now, utc_now
 from evolution.protocols import Example, Teacher, Theme
 from evolution.teacher_line import Endpoint
 from evolution.teachers import Agreeing, DatasetTeacher, LocalTeacher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from arrowmoe.settings import EvolutionSettings
-from evolution.journal import Now, utc_now
+from evolution.clock import Now, utc_now
 from evolution.signals import Signal, SignalPolicy, SignalStore
 from registry.database import Database
 from registry.errors import ArrowMoEError

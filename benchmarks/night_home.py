@@ -27,8 +27,8 @@ from arrowmoe.night_teachers import NightlyTeacher
 from arrowmoe.routing.router import LoRARouter
 from arrowmoe.routing.statistics import CardStatistics
 from arrowmoe.settings import EvolutionSettings, TeacherSettings
+from evolution.clock import utc_now
 from evolution.examples import write_examples
-from evolution.journal import utc_now
 from evolution.protocols import Example, Teacher
 from evolution.skill_distiller import Recipe
 from registry.format import LoRAFormat

@@ -6,9 +6,8 @@ costs no more than was reserved for it. A reservation that nobody settles (its p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from math import ceil
 from typing import Final
 from uuid import uuid4
@@ -16,6 +15,7 @@ from uuid import uuid4
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from evolution.clock import Now, utc_now
 from evolution.errors import BudgetSpentError
 from evolution.tables import BudgetRow, ReservationRow
 from registry.database import Database
@@ -24,11 +24,6 @@ from registry.logs import get_logger
 LEASE_S: Final = 3600.0
 
 log = get_logger(__name__)
-
-
-def utc_now() -> datetime:
-    """Now, aware and in UTC."""
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +92,7 @@ class Budget:
         *,
         limit_microusd: int,
         limit_tokens: int,
-        now: Callable[[], datetime] = utc_now,
+        now: Now = utc_now,
     ) -> None:
         self.database, self.account, self._now = database, account, now
         with database.writing() as session:
@@ -189,4 +184,4 @@ def _spend(row: BudgetRow, cost: Cost) -> None:
     row.spent_tokens += cost.tokens
 
 
-__all__ = ["Budget", "Cost", "Price", "Reservation", "Standing", "standing_of", "utc_now"]
+__all__ = ["Budget", "Cost", "Price", "Reservation", "Standing", "standing_of"]

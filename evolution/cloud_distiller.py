@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from math import ceil
 from typing import Final, TypeVar
 
-from evolution.budget import Budget, utc_now
+from evolution.budget import Budget
+from evolution.clock import Now, utc_now
 from evolution.disclosure import Disclosed, Policy, disclosed
 from evolution.errors import BudgetSpentError, TeacherAnswerError, TeacherError
 from evolution.examples import normalised
@@ -54,7 +54,7 @@ class CloudDistiller:
         *,
         policy: Policy = "description",
         redactor: Redactor | None = None,
-        now: Callable[[], datetime] = utc_now,
+        now: Now = utc_now,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._line = TeacherLine(endpoint, budget, disclosure=policy, now=now, sleep=sleep)

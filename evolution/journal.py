@@ -11,15 +11,16 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Select, or_, select, update
 
+from evolution.clock import Now, utc_now
 from evolution.errors import JobError
 from evolution.tables import GapRow, JobRow, NightRow, NoteRow, ProgressRow
 from registry.database import Database
@@ -35,14 +36,8 @@ QUEUED, RUNNING, DONE, FAILED = "queued", "running", "done", "failed"
 SCHEDULE = "schedule"
 """Note: the cron expression that the owner has set by a command; empty for none."""
 
-Now = Callable[[], datetime]
 _Record = TypeVar("_Record", "GapRecord", "Job", "NightRecord", "Step")
 log = get_logger(__name__)
-
-
-def utc_now() -> datetime:
-    """This moment, in UTC."""
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,4 +369,4 @@ def _record(kind: type[_Record], row: Any) -> _Record:
     return kind(**{one.name: getattr(row, one.name) for one in fields(kind)})
 
 
-__all__ = ["DONE", "FAILED", "SCHEDULE", "GapRecord", "Job", "Journal", "NightRecord", "Now", "Step", "utc_now"]
+__all__ = ["DONE", "FAILED", "SCHEDULE", "GapRecord", "Job", "Journal", "NightRecord", "Step"]

@@ -15,8 +15,8 @@ from typing import Final
 
 from apscheduler.triggers.cron import CronTrigger
 
+from evolution.clock import Now
 from evolution.errors import EvolutionError
-from evolution.journal import Now
 from registry.logs import get_logger
 
 POLL_S = 30.0

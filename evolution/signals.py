@@ -8,15 +8,16 @@ holds. What is older than the owner wants goes, whoever holds it. What a signal 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final, Literal, get_args
 from uuid import uuid4
 
 from sqlalchemy import and_, case, delete, func, select, update
 from sqlalchemy.orm import Session
 
+from evolution.clock import Now, utc_now
 from evolution.errors import SignalError
 from evolution.tables import SignalRow
 from registry.database import Database
@@ -98,7 +99,7 @@ class SignalStore:
         database: Database,
         *,
         policy: SignalPolicy,
-        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        now: Now = utc_now,
         rng: random.Random | None = None,
     ) -> None:
         self._database = database

@@ -19,9 +19,9 @@ from arrowmoe.night_teachers import NightlyTeacher, NobodyTeaches
 from arrowmoe.settings import EvolutionSettings, Settings, TeacherSettings
 from evolution import skill_distiller
 from evolution.budget import standing_of
+from evolution.clock import utc_now
 from evolution.errors import BudgetSpentError, JobError, TeacherError
 from evolution.fakes import FakeRoutes, FakeStudents
-from evolution.journal import utc_now
 from evolution.loopback_teacher import LoopbackTeacher
 from evolution.protocols import Theme
 from evolution.teacher_audit import TeacherAudit

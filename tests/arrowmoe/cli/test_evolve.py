@@ -17,7 +17,8 @@ from arrowmoe.settings import EvolutionSettings, Settings
 from arrowmoe.signalling import signal_store
 from arrowmoe.views import gate
 from evolution.budget import Budget
-from evolution.journal import Journal, utc_now
+from evolution.clock import utc_now
+from evolution.journal import Journal
 from evolution.loopback_teacher import LoopbackTeacher
 from evolution.protocols import Theme
 from evolution.signals import Signal, SignalStore
