@@ -152,7 +152,7 @@ def test_nothing_is_kept_where_that_is_asked(cli: Cli, home: Path, old: LoRACard
 
 def test_what_cannot_be_described_is_an_error(cli: Cli, home: Path, old: LoRACard, tmp_path: Path) -> None:
     other = rows(tmp_path / "other.jsonl", {"text": "w9", "card": "other"})
-    bad = rows(tmp_path / "bad.jsonl", {"text": "w9"}, {"card": "dates"})
+    bad = rows(tmp_path / "bad.jsonl", {"text": 9}, {"card": "dates"})
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for path, said in [
         (other, "got none in 1 rows"),
