@@ -260,7 +260,7 @@ def evolution_of_engine(
 def recipe_of(settings: EvolutionSettings) -> Recipe:
     """How the settings want experts grown."""
     return Recipe(
-        tuning=FineTuning(rank=settings.rank, alpha=2 * settings.rank, steps=settings.steps, learning_rate=2e-3),
+        tuning=FineTuning(rank=settings.rank, alpha=2 * settings.rank, steps=settings.steps),
         targets=settings.targets,
         most_examples=settings.most_examples,
         anchors=_first(anchors(), settings.anchors),

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from evolution.gate import Bars, Results, Verdict, judge
 from registry.logs import get_logger
 
-PROBES: Final = 5
+PROBES: Final = 3
 
 Step = Literal["publish", "retrain", "reject"]
 

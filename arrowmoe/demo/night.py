@@ -34,7 +34,7 @@ SETTINGS = {
     "ARROWMOE_DEMO_KEY": "any word will do",
     "ARROWMOE_TEACHER__DISCLOSURE": "full",
     "ARROWMOE_EVOLUTION__MOST_EXAMPLES": "160",
-    "ARROWMOE_EVOLUTION__STEPS": "24",
+    "ARROWMOE_EVOLUTION__STEPS": "40",
     "ARROWMOE_EVOLUTION__ANCHORS": "60",
 }
 """Prompts leave node A in full: its teacher is on this machine, and the warehouse invented."""
