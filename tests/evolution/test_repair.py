@@ -66,7 +66,7 @@ def test_a_lift_that_is_lost_before_the_drift_asks_for_replay_and_shows_the_prob
     assert repair(candidate) == ("retrain", 1.0)
     found = repaired(candidate, judge(candidate(1.0), BARS), BARS)
     probes = found.verdict.evidence["probes"]
-    assert [probe["scale"] for probe in probes] == [1.0, 0.5, 0.25, 0.125, 0.1875, 0.21875]
+    assert [probe["scale"] for probe in probes] == [1.0, 0.5, 0.25, 0.125]
     assert all(probe["reasons"] for probe in probes)
 
 
