@@ -134,7 +134,7 @@ class Teller:
     def _(self, event: story.Training) -> None:
         self.report.setdefault("training", []).append(asdict(event))
         bar = "█" * round(min(8.0, event.loss_nats) * 6)
-        self._line(f"   step {event.step:>3} of {event.steps}  {event.loss_nats:6.3f}  {bar}", style="dim")
+        self._line(f"   step {event.step:>3} of {event.steps}  {event.loss_nats:6.3f}  {bar}".rstrip(), style="dim")
 
     @tell.register
     def _(self, event: story.Grown) -> None:
