@@ -64,3 +64,11 @@ def catalog_url(request: pytest.FixtureRequest, tmp_path: Path, empty_home: Path
         if not postgresql:
             shutil.copy(empty_home / "catalog.sqlite", tmp_path)
         yield url
+
+
+@pytest.fixture
+def database(catalog_url: str) -> Iterator[Database]:
+    """A database with its tables, on each that a catalog can be in."""
+    database = Database(catalog_url)
+    yield database
+    database.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -16,18 +16,6 @@ from registry.database import Database
 from tests.evolution.nights import Clock
 
 NIGHT = datetime(2026, 3, 1, 2, tzinfo=UTC)
-
-
-@pytest.fixture
-def url(catalog_url: str) -> str:
-    return catalog_url
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    database = Database(url)
-    yield database
-    database.close()
 
 
 @pytest.fixture
@@ -177,7 +165,7 @@ def test_one_of_many_threads_gets_a_job(database: Database, journal: Journal) ->
     assert sorted(taken) == sorted(f"job-{number}" for number in range(12))
 
 
-def test_a_dead_process_holds_nothing(url: str, journal: Journal) -> None:
+def test_a_dead_process_holds_nothing(catalog_url: str, journal: Journal) -> None:
     queue(journal, "a")
     held = """
 import os, sys
@@ -186,7 +174,7 @@ from registry.database import Database
 assert Journal(Database(sys.argv[1])).claim(keys="a") is not None
 os.kill(os.getpid(), 9)
 """
-    assert subprocess.run([sys.executable, "-c", held, url], check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-c", held, catalog_url], check=False).returncode == -9
     job = journal.claim()
     assert job is not None
     assert job.attempts == 2

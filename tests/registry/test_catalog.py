@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,6 @@ from registry.tables import HEAD_REVISION, Base
 from tests.registry.cards import small_card
 
 _NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
-
-
-@pytest.fixture
-def url(catalog_url: str) -> str:
-    return catalog_url
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    database = Database(url)
-    yield database
-    database.close()
 
 
 @pytest.fixture
@@ -295,9 +282,9 @@ def test_the_next_version_is_free_and_above_all(versions: list[str]) -> None:
 # The schema ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_migrations_end_at_the_tables_that_the_code_knows(url: str, database: Database) -> None:
+def test_the_migrations_end_at_the_tables_that_the_code_knows(catalog_url: str, database: Database) -> None:
     assert ScriptDirectory.from_config(alembic_config()).get_heads() == [HEAD_REVISION]
-    engine = create_engine(url)
+    engine = create_engine(catalog_url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection)
         assert context.get_current_revision() == HEAD_REVISION
@@ -306,11 +293,11 @@ def test_the_migrations_end_at_the_tables_that_the_code_knows(url: str, database
     engine.dispose()
 
 
-def test_a_catalog_of_a_newer_arrowmoe_is_refused_untouched(url: str, database: Database) -> None:
+def test_a_catalog_of_a_newer_arrowmoe_is_refused_untouched(catalog_url: str, database: Database) -> None:
     with database.writing() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(HomeError, match="9999") as caught:
-        Database(url)
+        Database(catalog_url)
     assert caught.value.hint == "upgrade arrowmoe, or use another home"
     with database.reading() as session:
         assert session.scalar(text("SELECT version_num FROM alembic_version")) == "9999"
@@ -326,10 +313,10 @@ def test_an_interrupted_migration_is_done_anew(new_catalog_url: str, monkeypatch
     again.close()
 
 
-def test_an_up_to_date_catalog_opens_without_alembic(url: str, database: Database) -> None:
+def test_an_up_to_date_catalog_opens_without_alembic(catalog_url: str, database: Database) -> None:
     opening = "import sys; from registry.database import Database; Database(sys.argv[1]).close();"
     code = f"{opening} print('alembic' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, catalog_url], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
