@@ -41,8 +41,13 @@ from registry.card import LoRACard
 
 PARTS = ("nights", "encoder", "controls")
 SETTINGS = EvolutionSettings(budget_tokens=5_000_000)
-ORDINARY, STRAY, AGAIN = 72, 16, 12
-"""Requests of one evening beside the new family: covered by a card, on anything, and of each family learnt before."""
+ORDINARY = (400, 72, 72)
+STRAY, AGAIN, MIXED = 48, 12, 60
+"""Requests of one evening beside the new family: covered by a card, on anything, and of each family learnt before.
+
+The first evening is mostly ordinary, as evenings are: what is drawn from it at random is seldom of the family. `MIXED`:
+of each family, where all come in one evening.
+"""
 COVERED = "tickets"
 RECIPE = Recipe(
     tuning=FineTuning(alpha=32, layers=(12, 30), steps=100, learning_rate=2e-3),
@@ -93,7 +98,9 @@ def nights(clock: Clock, *, quick: bool) -> Part:
             line.night(number)
         line.remains()
         if not quick:
-            line.random_arm()
+            if line.grown:
+                line.random_arm()
+            line.mixed()
     return line.part
 
 
@@ -109,6 +116,7 @@ class Line:
     placed: list[tuple[str, str]] = field(default_factory=list)
     bare: dict[str, Bools] = field(default_factory=dict)
     served: dict[str, list[Bools]] = field(default_factory=dict)
+    grown: list[str] = field(default_factory=list)
 
     def night(self, number: int) -> None:
         """An evening of requests, what was noticed of them, the night, and what its family is answered like now."""
@@ -119,12 +127,16 @@ class Line:
         self._notice(number)
         found = self.home.evolution.run()
         assert found is not None
+        self.grown += found.to_json()["published"]
         self.clock.say(f"night {number + 1}: {found.to_json()}")
         self._score(number)
         self.part.figures[f"night {number + 1}"] |= {"report": found.to_json(), "jobs": _jobs(found.jobs)}
 
     def random_arm(self) -> None:
-        """The first night's training again, on as many prompts drawn at random from that evening; no router."""
+        """The first night's training again, on as many prompts drawn at random from that evening.
+
+        Both experts are applied to every test item, so that no router decides between them.
+        """
         family, job = self.families[0], min(self.home.registry.home.glob("nights/job-*/job-1.json"))
         asked = len(read_examples(job.parent / "taught.jsonl"))
         prompts = random.Random(SEED).sample(self._evening(0), asked)
@@ -132,9 +144,11 @@ class Line:
         taught = [Example(prompt=one, answer=said) for one, said in zip(prompts, answers, strict=True) if said]
         card = _trained(job, taught)
         self.home.engine.load_lora(card)
-        drawn = right(family.test, self.home.with_card(_prompts(family.test), card.name))
+        chosen, drawn = (
+            right(family.test, self.home.with_card(_prompts(family.test), one)) for one in (self.grown[0], card.name)
+        )
         self.home.engine.remove_lora(card.name)
-        found = compared(self.served[family.name][0], drawn)
+        found = compared(chosen, drawn)
         self.clock.say(f"random prompts, {len(taught)} of {asked} answered: {found}")
         own = {one.prompt for one in family.traffic}
         self.part.figures["random_arm"] = found | {
@@ -142,13 +156,31 @@ class Line:
             "of_the_family": sum(one in own for one in prompts),
         }
         self.part.ask(f"{family.name}: accuracy over that of random prompts (points)", _lift(found), ">=", 0.1)
+        self.part.ask(f"{family.name}: McNemar p against random prompts", found["p_value"], "<=", 0.05)
+
+    def mixed(self) -> None:
+        """All families in one evening of a new home: how purely gaps tell them apart."""
+        families, other = self.families, self.around
+        asked = [one for family in families for one in family.traffic[:MIXED]]
+        with (
+            tempfile.TemporaryDirectory() as directory,
+            opened(Path(directory), asked, settings=SETTINGS, recipe=RECIPE) as home,
+        ):
+            home.served([*_prompts([*asked, *other.covered[: ORDINARY[0] // 2]]), *other.stray], watched=True)
+            found = noticed(home, 0, self._family_of(), families[0].name, {COVERED})
+        placed = [*found.placed.values()]
+        share = sum(family in {one.name for one in families} for _, family in placed) / len(asked)
+        self.clock.say(f"all families at once: {found.gaps} gaps, ARI {purity(placed):.3f}, {share:.2f} clustered")
+        self.part.figures["mixed"] = {"gaps": found.gaps, "purity": purity(placed), "clustered": share}
+        self.part.ask("purity of gaps, all families in one evening (ARI)", purity(placed), ">=", 0.8)
 
     def remains(self) -> None:
         """What the nights together have left of anchors, of general text, and of the first night's skill."""
         anchors, texts = anchored(self.home), nll(self.home)
         self.clock.say(f"anchors {anchors}, general text {texts}")
-        self.part.figures |= {"anchors": anchors, "general_text": texts, "purity": purity(self.placed)}
-        self.part.ask("purity of gaps (ARI)", purity(self.placed), ">=", 0.8)
+        self.part.figures |= {"anchors": anchors, "general_text": texts}
+        if len(self.families) > 1:
+            self.part.ask("purity of all nights' gaps (ARI)", purity(self.placed), ">=", 0.8)
         self.part.ask("anchors, most they may have fallen (points)", anchors["most_fall_points"], "<=", 5.0)
         self.part.ask("general text, rise of the NLL as served (nats)", texts["rise_nats"], "<=", 0.02)
         first, *_, last = self.served[self.families[0].name] * 2
@@ -161,21 +193,23 @@ class Line:
 
     def _evening(self, number: int) -> list[str]:
         """What is asked before night `number`: the new family, covered and stray requests, and families of before."""
-        start, stray = number * ORDINARY, number * STRAY
+        start, stray = sum(ORDINARY[:number]), number * STRAY
         again = [one for family in self.families[:number] for one in family.traffic[:AGAIN]]
-        others = [*self.around.covered[start : start + ORDINARY], *again]
+        others = [*self.around.covered[start : start + ORDINARY[number]], *again]
         return [*_prompts(self.families[number].traffic), *_prompts(others), *self.around.stray[stray : stray + STRAY]]
 
     def _notice(self, number: int) -> None:
-        family_of = {one.prompt: family.name for family in self.families for one in family.traffic}
-        family_of |= {one.prompt: COVERED for one in self.around.covered}
         new, ordinary = self.families[number].name, {COVERED, *(one.name for one in self.families[:number])}
-        found = noticed(self.home, number, family_of, new, ordinary)
+        found = noticed(self.home, number, self._family_of(), new, ordinary)
         self.placed += found.placed.values()
         said = {name: value for name, value in asdict(found).items() if name != "placed"}
         self.clock.say(f"noticed {said}")
         self.part.figures[f"night {number + 1}"] = {"family": new, "noticed": said}
         self.part.ask(f"{new}: detector AUROC", found.auroc, ">=", 0.85)
+
+    def _family_of(self) -> dict[str, str]:
+        families = {one.prompt: family.name for family in self.families for one in family.traffic}
+        return families | {one.prompt: COVERED for one in self.around.covered}
 
     def _score(self, number: int) -> None:
         for family in self.families[: number + 1]:

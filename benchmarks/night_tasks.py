@@ -29,8 +29,8 @@ PER_LABEL, TEST_PER_LABEL = 26, 8
 DATES = 180
 TEST_ITEMS = 48
 TOWNS = 24
-ORDINARY = 240
-STRAY = 48
+ORDINARY = 544
+STRAY = 144
 FACT_FORMS = (
     "Who founded the town of {town}?",
     "Which person founded {town}?",
