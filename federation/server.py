@@ -7,22 +7,22 @@ Nothing here knows who is asking; until nodes prove who they are, off loopback t
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import stat
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 from pyarrow import flight
 
 from federation import limits, wire
+from federation.answers import Answers, Result
+from federation.card_files import batches, one_line, opened
 from federation.errors import FederationError
 from federation.peer import format_address, is_loopback
 from registry.digest import Digest
@@ -32,6 +32,7 @@ from registry.logs import get_logger
 from registry.store import Registry
 
 _log = get_logger(__name__)
+_Item = TypeVar("_Item")
 
 
 class LoRAFlightServer:
@@ -64,7 +65,7 @@ class LoRAFlightServer:
             self._handlers = _Handlers(location, self._registry, node_id=self._node_id, name=self._name)
         except (pa.ArrowException, OSError) as error:
             raise FederationError(
-                f"cannot listen on {format_address(self.host, self._port)}: {_one_line(error)}",
+                f"cannot listen on {format_address(self.host, self._port)}: {one_line(error)}",
                 hint="another program may hold that port; port 0 takes a free one",
             ) from error
         _log.info("flight_server_started", address=self.address, open=not is_loopback(self.host))
@@ -104,9 +105,9 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
     """Serves from construction on. `serve()` is never called: all it would add is signal handlers of its own."""
 
     def __init__(self, location: str, registry: Registry, *, node_id: str, name: str) -> None:
-        self._registry, self._node_id, self._name = registry, node_id, name
+        self._registry = registry
+        self._answers = Answers(registry, node_id=node_id, name=name)
         self._streams = threading.BoundedSemaphore(limits.MAX_STREAMS)
-        self._with_statistics: dict[Digest, bool] = {}
         super().__init__(location)
 
     def list_flights(self, context: flight.ServerCallContext, criteria: bytes) -> Iterator[flight.FlightInfo]:
@@ -122,31 +123,21 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
     def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.GeneratorStream:
         with _flight_errors():
-            reader = _open(self._registry, Digest(ticket.ticket.decode(errors="replace")))
-            return flight.GeneratorStream(reader.schema, self._stream(self._batches(reader)))
+            reader = opened(self._registry, Digest(ticket.ticket.decode(errors="replace")))
+            return flight.GeneratorStream(reader.schema, self._stream(_guarded(batches(reader))))
 
-    def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> Iterator[bytes]:
+    def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> Iterator[Result]:
         with _flight_errors():
-            if action.type == wire.ACTION_HEALTH:
-                return iter([wire.encode_health(self._health())])
-            if action.type == wire.ACTION_INVENTORY:
-                return self._stream(self._inventory())
-            if action.type == wire.ACTION_MANIFEST:
-                return iter(_described(_open(self._registry, _requested(action).digest)))
-            if action.type == wire.ACTION_TENSORS:
-                request = _requested(action)
-                return self._stream(self._tensors(_open(self._registry, request.digest), request))
-            raise flight.FlightServerError(
-                f"action {action.type[:80]!r} is unknown; list_actions names those there are"
-            )
+            known = self._answers.actions.get(action.type)
+            if known is None:
+                raise flight.FlightServerError(
+                    f"action {action.type[:80]!r} is unknown; list_actions names those there are"
+                )
+            results = _guarded(known.answer(action.body.to_pybytes()))
+            return self._stream(results) if known.streams else results
 
     def list_actions(self, context: flight.ServerCallContext) -> list[tuple[str, str]]:
-        return [
-            (wire.ACTION_HEALTH, "who this node is and a token of its cards, as one JSON object"),
-            (wire.ACTION_INVENTORY, "its cards as pages of JSON"),
-            (wire.ACTION_MANIFEST, "a card's manifest, and its signature if it has one"),
-            (wire.ACTION_TENSORS, "a card's tensor bytes in the manifest's order, or a part of them"),
-        ]
+        return [(name, action.description) for name, action in self._answers.actions.items()]
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         raise flight.FlightUnauthorizedError("this node takes no uploads; publish on your own node, peers will fetch")
@@ -156,41 +147,7 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
     def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
         with _flight_errors():
-            return flight.SchemaResult(_open(self._registry, self._registry.entry(_ref_of(descriptor)).digest).schema)
-
-    def _health(self) -> wire.Health:
-        digests = self._registry.digests()
-        return wire.Health(
-            node_id=self._node_id,
-            name=self._name,
-            protocol=wire.PROTOCOL_VERSION,
-            cards=len(digests),
-            state=wire.state_of(digests),
-        )
-
-    def _inventory(self) -> Iterator[bytes]:
-        with _flight_errors():
-            entries = self._registry.list()
-            yield from wire.encode_inventory(_offer(entry, self._has_statistics(entry.digest)) for entry in entries)
-
-    def _has_statistics(self, digest: Digest) -> bool:
-        """Whether the card has statistics for routers: remembered, for no column says it and no card ever changes."""
-        if digest not in self._with_statistics:
-            try:
-                manifest, *_ = _described(_open(self._registry, digest))
-                self._with_statistics[digest] = json.loads(manifest).get("routing") is not None
-            except (flight.FlightServerError, UnknownCardError, ValueError) as error:  # damaged, or removed meanwhile
-                _log.warning("card_statistics_unknown", digest=digest, error=_one_line(error))
-                return False
-        return self._with_statistics[digest]
-
-    def _batches(self, reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
-        with _flight_errors():
-            yield from _read(reader)
-
-    def _tensors(self, reader: pa.RecordBatchFileReader, request: wire.CardRequest) -> Iterator[pa.Buffer]:
-        with _flight_errors():
-            yield from _tensor_bytes(reader, request.offset, sys.maxsize if request.nbytes is None else request.nbytes)
+            return flight.SchemaResult(opened(self._registry, self._registry.entry(_ref_of(descriptor)).digest).schema)
 
     def _stream(self, items: Iterator[Any]) -> Iterator[Any]:
         """`items`, holding one of the `MAX_STREAMS` places until the call ends, even if it never starts to read."""
@@ -226,81 +183,17 @@ def _ref_of(descriptor: flight.FlightDescriptor) -> str:
 
 
 def _info(registry: Registry, entry: CardEntry) -> flight.FlightInfo:
-    reader = _open(registry, entry.digest)
-    rows = sum(batch.num_rows for batch in _read(reader))
+    reader = opened(registry, entry.digest)
+    rows = sum(batch.num_rows for batch in batches(reader))
     path = flight.FlightDescriptor.for_path(wire.DESCRIPTOR_ROOT, entry.name, entry.version, entry.digest)
     endpoint = flight.FlightEndpoint(flight.Ticket(entry.digest), [])
     return flight.FlightInfo(reader.schema, path, [endpoint], rows, entry.nbytes)
 
 
-def _open(registry: Registry, digest: Digest) -> pa.RecordBatchFileReader:
-    """The card's own file, which this node wrote and checked. Its tensors' bytes are checked by whoever gets them."""
-    with _file_errors():
-        return pa.ipc.open_file(pa.memory_map(str(registry.path_of(digest))))
-
-
-def _read(reader: pa.RecordBatchFileReader) -> Iterator[pa.RecordBatch]:
-    """The file's batches, as views; validated, for Arrow would follow a rotten offset out of the file and abort."""
-    for index in range(reader.num_record_batches):
-        with _file_errors():
-            batch = reader.get_batch(index)
-            batch.validate(full=True)
-        yield batch
-
-
-def _requested(action: flight.Action) -> wire.CardRequest:
-    return wire.decode_card_request(action.body.to_pybytes())
-
-
-def _described(reader: pa.RecordBatchFileReader) -> list[bytes]:
-    metadata = reader.schema.metadata or {}
-    return [metadata[key] for key in (wire.MANIFEST_KEY, wire.SIGNATURE_KEY) if key in metadata]
-
-
-def _tensor_bytes(reader: pa.RecordBatchFileReader, offset: int, nbytes: int) -> Iterator[pa.Buffer]:
-    """`nbytes` tensor bytes of the card from `offset` on, as views of the file; in a batch they follow one another."""
-    for batch in _read(reader):
-        data = batch.column("data").buffers()[2]
-        size = 0 if data is None else data.size
-        first, end = min(offset, size), min(offset + nbytes, size)
-        for start in range(first, end, limits.TENSOR_CHUNK_BYTES):
-            yield data.slice(start, min(limits.TENSOR_CHUNK_BYTES, end - start))
-        offset, nbytes = max(0, offset - size), nbytes - (end - first)
-        if not nbytes:
-            return
-
-
-@contextmanager
-def _file_errors() -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        _log.error("card_file_damaged", error=_one_line(error))
-        raise flight.FlightServerError(
-            "the card's file is damaged or gone on this node; its owner has to verify"
-        ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300]
-
-
-def _offer(entry: CardEntry, has_statistics: bool) -> wire.InventoryEntry:
-    return wire.InventoryEntry(
-        digest=entry.digest,
-        name=entry.name,
-        version=entry.version,
-        base_name=entry.base_name,
-        architecture=entry.architecture,
-        fingerprint=entry.fingerprint,
-        rank=entry.rank,
-        nbytes=entry.nbytes,
-        description=entry.description,
-        domains=entry.domains,
-        examples=entry.examples,
-        publisher=entry.publisher,
-        has_statistics=has_statistics,
-    )
+def _guarded(items: Iterator[_Item]) -> Iterator[_Item]:
+    """`items`, whose errors are Flight errors too."""
+    with _flight_errors():
+        yield from items
 
 
 @contextmanager

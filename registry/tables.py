@@ -12,7 +12,7 @@ from sqlalchemy import JSON, BigInteger, DateTime, Dialect, Double, ForeignKey, 
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-HEAD_REVISION = "0003"
+HEAD_REVISION = "0004"
 """The schema that this code speaks; known here so that opening an up-to-date catalog need not import Alembic."""
 
 
@@ -156,3 +156,64 @@ class IndexRow(Base):
     __tablename__ = "change_index"
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
+
+
+class PeerRow(Base):
+    """A node that was met, announced or invited, and what this node's owner thinks of it."""
+
+    __tablename__ = "peers"
+
+    node_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    address: Mapped[str | None] = mapped_column(Text)
+    """HOST:PORT, where it was last found."""
+    state: Mapped[str] = mapped_column(String(8))
+    introducer: Mapped[bool]
+    """Whether the nodes that it has approved are approved here as well."""
+    introduced_by: Mapped[str | None] = mapped_column(String(32))
+    first_seen: Mapped[datetime]
+    last_seen: Mapped[datetime | None]
+    decided: Mapped[datetime | None]
+
+
+class InviteRow(Base):
+    """A token that lets one node join; of its secret only the hash is kept."""
+
+    __tablename__ = "invites"
+
+    secret_hash: Mapped[bytes] = mapped_column(LargeBinary(32), primary_key=True)
+    created: Mapped[datetime]
+    expires: Mapped[datetime]
+    used_by: Mapped[str | None] = mapped_column(String(32))
+
+
+class PeerIndexRow(Base):
+    """Up to which change another node's catalog is known here."""
+
+    __tablename__ = "peer_indexes"
+
+    node_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    index_id: Mapped[str] = mapped_column(String(32))
+    upto: Mapped[int] = mapped_column(BigInteger)
+
+
+class PeerCardRow(Base):
+    """A card that another node has, as it says itself."""
+
+    __tablename__ = "peer_cards"
+    __table_args__ = (Index("ix_peer_cards_digest", "digest"),)
+
+    node_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(71), primary_key=True)
+    entry: Mapped[str] = mapped_column(Text)
+    """Its inventory entry, the JSON that the peer sent."""
+
+
+class QuarantineRow(Base):
+    """A card that is here and is neither used nor passed on, until its owner lets it, and why."""
+
+    __tablename__ = "quarantine"
+
+    digest: Mapped[str] = mapped_column(ForeignKey("cards.digest", ondelete="CASCADE"), primary_key=True)
+    reason: Mapped[str] = mapped_column(Text)
+    since: Mapped[datetime]

@@ -1,0 +1,112 @@
+"""What a node answers to each action, whoever carries it; `federation.server` puts them on Flight."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import pyarrow as pa
+from pyarrow import flight
+
+from federation import wire
+from federation.card_files import described, one_line, opened, tensor_bytes
+from registry.digest import Digest
+from registry.entries import CardEntry
+from registry.errors import UnknownCardError
+from registry.logs import get_logger
+from registry.store import Registry
+
+_log = get_logger(__name__)
+
+Result: TypeAlias = "bytes | pa.Buffer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """One thing that can be asked. `answer` takes the request's body; `streams`: its results may be many."""
+
+    description: str
+    answer: Callable[[bytes], Iterator[Result]]
+    streams: bool = False
+
+
+class Answers:
+    """The actions of one registry's node."""
+
+    def __init__(self, registry: Registry, *, node_id: str, name: str) -> None:
+        self._registry, self._node_id, self._name = registry, node_id, name
+        self._with_statistics: dict[Digest, bool] = {}
+        self.actions: Mapping[str, Action] = {
+            wire.ACTION_HEALTH: Action(
+                description="who this node is and a token of its cards, as one JSON object", answer=self._health
+            ),
+            wire.ACTION_INVENTORY: Action(
+                description="its cards as pages of JSON", answer=self._inventory, streams=True
+            ),
+            wire.ACTION_MANIFEST: Action(
+                description="a card's manifest, and its signature if it has one", answer=self._manifest
+            ),
+            wire.ACTION_TENSORS: Action(
+                description="a card's tensor bytes in the manifest's order, or a part of them",
+                answer=self._tensors,
+                streams=True,
+            ),
+        }
+
+    def _health(self, body: bytes) -> Iterator[Result]:
+        digests = self._registry.digests()
+        health = wire.Health(
+            node_id=self._node_id,
+            name=self._name,
+            protocol=wire.PROTOCOL_VERSION,
+            cards=len(digests),
+            state=wire.state_of(digests),
+        )
+        return iter([wire.encode_health(health)])
+
+    def _inventory(self, body: bytes) -> Iterator[Result]:
+        entries = self._registry.list()
+        return wire.encode_inventory(_offer(entry, self._has_statistics(entry.digest)) for entry in entries)
+
+    def _manifest(self, body: bytes) -> Iterator[Result]:
+        return iter(described(opened(self._registry, wire.decode_card_request(body).digest)))
+
+    def _tensors(self, body: bytes) -> Iterator[Result]:
+        request = wire.decode_card_request(body)
+        nbytes = sys.maxsize if request.nbytes is None else request.nbytes
+        return tensor_bytes(opened(self._registry, request.digest), request.offset, nbytes)
+
+    def _has_statistics(self, digest: Digest) -> bool:
+        """Whether the card has statistics for routers: remembered, for no column says it and no card ever changes."""
+        if digest not in self._with_statistics:
+            try:
+                manifest, *_ = described(opened(self._registry, digest))
+                self._with_statistics[digest] = json.loads(manifest).get("routing") is not None
+            except (flight.FlightServerError, UnknownCardError, ValueError) as error:  # damaged, or removed meanwhile
+                _log.warning("card_statistics_unknown", digest=digest, error=one_line(error))
+                return False
+        return self._with_statistics[digest]
+
+
+def _offer(entry: CardEntry, has_statistics: bool) -> wire.InventoryEntry:
+    return wire.InventoryEntry(
+        digest=entry.digest,
+        name=entry.name,
+        version=entry.version,
+        base_name=entry.base_name,
+        architecture=entry.architecture,
+        fingerprint=entry.fingerprint,
+        rank=entry.rank,
+        nbytes=entry.nbytes,
+        description=entry.description,
+        domains=entry.domains,
+        examples=entry.examples,
+        publisher=entry.publisher,
+        has_statistics=has_statistics,
+    )
+
+
+__all__ = ["Action", "Answers", "Result"]
