@@ -84,6 +84,7 @@ def test_a_night_grows_an_expert_that_the_other_node_answers_with(tmp_path: Path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_both_nodes_and_removes_their_homes(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "arrowmoe", "demo"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a job in the background would ignore it
     with subprocess.Popen(
         command, env=demo_environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
