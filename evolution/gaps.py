@@ -1,8 +1,9 @@
 """Gaps: what the dissonant requests of one base have in common, and whether it is worth learning.
 
 Requests are clustered by HDBSCAN among a sample of ordinary ones, which give it the contrast: a night often has one
-gap only, and one cloud of points has no clusters. Clusters near each other are parts of one gap. What belongs to no
-cluster stays queued. The only scikit-learn user for clusters; what a gap is called: `evolution.naming`.
+gap only, and one cloud of points has no clusters. Its smallest clusters, which are pure, are the cores of gaps: those
+near each other are one gap, which then takes in the larger cluster around its cores and whatever lies close to it. What
+belongs to no gap stays queued. The only scikit-learn user for clusters; what a gap is called: `evolution.naming`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from evolution.signals import Signal
 from registry.logs import get_logger
 
 Ints = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
 NOISE = -1
 
 _log = get_logger(__name__)
@@ -33,15 +35,16 @@ class Clustering:
     """How requests become gaps; the cosines are those of MiniLM's space, where unrelated requests have about 0.06.
 
     `least_prompts` is the least number of distinct prompts of a gap, `neighbours` how many make a point dense (fewer
-    find more, and more noise). Clusters whose centroids, measured from the ordinary requests' mean, have at least
-    `joined_cosine` on average are one gap. A lone cloud is a gap if its points have `alone_cosine` with neighbours.
+    find more, and more noise). Cores whose centroids, measured from the ordinary requests' mean, have at least
+    `joined_cosine` on average are one gap. What has `close_cosine` on average with its nearest `neighbours` in a gap,
+    and less with those among ordinary requests, is of that gap; a lone cloud whose points have it is a gap.
     At most `most_prompts` are clustered, the most dissonant ones.
     """
 
     least_prompts: int = 12
     neighbours: int = 5
-    joined_cosine: float = 0.3
-    alone_cosine: float = 0.5
+    joined_cosine: float = 0.25
+    close_cosine: float = 0.5
     most_prompts: int = 4000
 
 
@@ -131,24 +134,24 @@ def find_gaps(
 def cluster(vectors: Vectors, ordinary: Vectors, clustering: Clustering) -> Ints:
     """Unit rows (n, d) → gap of each (n,), from 0 on, or `NOISE`.
 
-    HDBSCAN (Campello et al. 2013) with excess of mass, on all rows in all dimensions: reducing them first made it
-    find less or merge all. A cluster that is ordinary for the most part is none.
+    HDBSCAN (Campello et al. 2013) on all rows in all dimensions: reducing them first made it find less or merge all.
+    The leaves of its tree tell families apart, where excess of mass took two for one; but they are small.
     """
     rows = len(vectors)
     if rows < max(clustering.least_prompts, 2):
         return np.full(rows, NOISE)
     points = np.concatenate([vectors, ordinary.reshape(-1, vectors.shape[1])]).astype(np.float64)
-    labels = _hdbscan(points, clustering)
-    found = [
-        label
-        for label in range(labels.max() + 1)
-        if (labels[:rows] == label).sum() >= max((labels[rows:] == label).sum(), clustering.least_prompts / 2)
-    ]
-    if not found:
-        labels = _hdbscan(points[:rows], clustering, alone=True)
-        found = [*range(labels.max() + 1)]
-    middle = points[rows:].mean(axis=0) if len(ordinary) else np.zeros(points.shape[1])
-    return _joined(points[:rows] - middle, [labels[:rows] == label for label in found], clustering.joined_cosine)
+    centred = points[:rows] - (points[rows:].mean(axis=0) if len(ordinary) else 0)
+    cores = _dissonant(_hdbscan(points, clustering, "leaf"), rows, clustering)
+    if not cores:
+        alone = _hdbscan(points[:rows], clustering, "eom", alone=True)
+        return _joined(centred, _masks(alone), clustering.joined_cosine)
+    labels = _joined(centred, cores, clustering.joined_cosine)
+    for whole in _dissonant(_hdbscan(points, clustering, "eom"), rows, clustering):
+        gaps = set(labels[whole].tolist()) - {NOISE}
+        if len(gaps) == 1:
+            labels[whole] = gaps.pop()
+    return _grown(labels, points[:rows], points[rows:], clustering)
 
 
 def coverage(covers: Sequence[Cover]) -> Coverage:
@@ -205,19 +208,52 @@ def _gap(signals: Sequence[Signal], vectors: Vectors, scores: Floats, groups: Se
     )
 
 
-def _hdbscan(points: Floats, clustering: Clustering, *, alone: bool = False) -> Ints:
-    """Labels (n,); `alone` also sees one cloud, cut off where neighbours have less than `alone_cosine`."""
+def _hdbscan(points: Floats, clustering: Clustering, method: str, *, alone: bool = False) -> Ints:
+    """Labels (n,); `alone` also sees one cloud, cut off where neighbours have less than `close_cosine`."""
     found = HDBSCAN(
         min_cluster_size=max(2, clustering.least_prompts),
         min_samples=min(clustering.neighbours, len(points)),
+        cluster_selection_method=method,
         allow_single_cluster=alone,
-        cluster_selection_epsilon=float(np.sqrt(2 - 2 * clustering.alone_cosine)) if alone else 0.0,
+        cluster_selection_epsilon=float(np.sqrt(2 - 2 * clustering.close_cosine)) if alone else 0.0,
         copy=True,
     ).fit_predict(points)
     return np.asarray(np.maximum(found, NOISE), np.intp)
 
 
-def _joined(centred: Floats, clusters: Sequence[npt.NDArray[np.bool_]], cosine: float) -> Ints:
+def _masks(labels: Ints) -> list[Mask]:
+    return [labels == label for label in range(labels.max(initial=NOISE) + 1)]
+
+
+def _dissonant(labels: Ints, rows: int, clustering: Clustering) -> list[Mask]:
+    """The clusters as masks of the first `rows` points; one that is ordinary for the most part is none."""
+    found = [(inside[:rows], int(inside[rows:].sum())) for inside in _masks(labels)]
+    return [own for own, others in found if own.sum() >= max(others, clustering.least_prompts / 2)]
+
+
+def _grown(labels: Ints, points: Floats, ordinary: Floats, clustering: Clustering) -> Ints:
+    """Labels (n,) with the gap's for what lies close to it, and then close to that, as far as it goes."""
+    labels, cosines = labels.copy(), points @ points.T
+    np.fill_diagonal(cosines, -1.0)
+    usual = _nearest(points @ ordinary.T, clustering.neighbours)
+    while True:
+        near = np.stack([_nearest(cosines[:, inside], clustering.neighbours) for inside in _masks(labels)])
+        best = near.max(axis=0)
+        close = (labels == NOISE) & (best >= clustering.close_cosine) & (best > usual)
+        if not close.any():
+            return labels
+        labels[close] = near.argmax(axis=0)[close]
+
+
+def _nearest(cosines: Floats, count: int) -> Floats:
+    """(n, m) → (n,): the mean of each row's `count` largest, or of all if there are fewer."""
+    count = min(count, cosines.shape[1])
+    if not count:
+        return np.full(len(cosines), -1.0)
+    return np.asarray(np.partition(cosines, -count, axis=1)[:, -count:].mean(axis=1), np.float64)
+
+
+def _joined(centred: Floats, clusters: Sequence[Mask], cosine: float) -> Ints:
     """Clusters given as masks (n,) → labels (n,), those near each other (average linkage of centroids) as one."""
     labels = np.full(len(centred), NOISE)
     centroids = [_unit(centred[inside].mean(axis=0)) for inside in clusters]

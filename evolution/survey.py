@@ -25,10 +25,8 @@ from registry.database import Database
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 
-ORDINARY = 400
-"""Requests that were answered well, beside which the others are clustered."""
-FEW_ORDINARY = 50
-"""With fewer of them the shipped replay prompts stand in."""
+ORDINARY = 100
+"""Requests that were answered well, beside which the others are clustered, with the shipped replay prompts."""
 GROWTH = 1.5
 """A gap whose expert was rejected is tried again when it has so many times the prompts."""
 
@@ -141,7 +139,7 @@ class Surveyor:
 
     def _ordinary(self, base: str, signals: Sequence[Signal]) -> list[str]:
         prompts = [*dict.fromkeys(signal.prompt for signal in signals if signal.ordinary)][-ORDINARY:]
-        return prompts if len(prompts) >= FEW_ORDINARY else [*prompts, *(one.prompt for one in replay())]
+        return [*prompts, *(one.prompt for one in replay() if one.prompt)]
 
     def _sampled(self, signals: Sequence[Signal], student: Student) -> dict[str, float]:
         """Tier 1: how far fresh answers to each signal's prompt agree; by the bare base where its card is gone."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from arrowmoe.base_model import load_base_model
 from arrowmoe.engine import ArrowEngine
 from arrowmoe.evolving import Evolution
 from arrowmoe.settings import EvolutionSettings
+from evolution.executors import Executor
 from evolution.gate import Bars
 from evolution.protocols import Example
 from evolution.signals import Signal
@@ -33,21 +35,28 @@ GOLD = [
 ROUTES = router().featurizer
 
 
-def evolution_of(registry: Registry, model: Path) -> Evolution:
+def evolution_of(
+    registry: Registry,
+    model: Path,
+    *,
+    gold: Sequence[Example] = GOLD,
+    executor: Executor | None = None,
+) -> Evolution:
     engine = ArrowEngine(load_base_model(model, name=BASE, device="cpu"), registry=registry)
     engine.router = router()
     tuning = FineTuning(rank=8, steps=STEPS, learning_rate=1e-2)
     bars = Bars(alpha=0.05, most_kl_nats=1e3, most_applied_rise_nats=1e3)
     return engine.enable_evolution(
-        teacher=DatasetTeacher(GOLD),
+        teacher=DatasetTeacher(gold),
         model=str(model),
         settings=EvolutionSettings(),
         recipe=Recipe(tuning=tuning, targets="all", asks_prompts=True, writes=False, bars=bars, max_new_tokens=4),
+        executor=executor,
     )
 
 
-def traffic() -> list[Signal]:
-    return [Signal(base=BASE, prompt=example.prompt, accepted=False) for example in GOLD]
+def traffic(gold: Sequence[Example] = GOLD) -> list[Signal]:
+    return [Signal(base=BASE, prompt=example.prompt, accepted=False) for example in gold]
 
 
 def main(home: Path, model: Path) -> None:

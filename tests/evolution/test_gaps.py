@@ -56,6 +56,17 @@ def test_one_lone_family_is_a_gap(ordinary: int) -> None:
     assert (labels[30:] == NOISE).all()
 
 
+def test_a_gap_takes_in_what_lies_close_to_it_and_nothing_else() -> None:
+    """Loose prompts around a tight core, too thinly spread for any cluster; others as far from it as prompts are."""
+    rng = np.random.default_rng(7)
+    [middle] = directions(rng, 1)
+    core, loose = directions(rng, 25, middle, 0.9), directions(rng, 15, middle, 0.65)
+    far = directions(rng, 15, middle, 0.3)
+    labels = cluster(np.concatenate([core, loose, far]), directions(rng, 100), Clustering())
+    assert (labels[:40] == 0).mean() >= 0.9
+    assert (labels[40:] == NOISE).all()
+
+
 def test_stray_requests_are_no_gap() -> None:
     rng = np.random.default_rng(2)
     assert (cluster(directions(rng, 60), directions(rng, 60), Clustering()) == NOISE).all()
