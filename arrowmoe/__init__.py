@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from arrowmoe import evolution_view as evolution_view
     from arrowmoe import inference as inference
     from arrowmoe import operations as operations
+    from arrowmoe import peering as peering
     from arrowmoe import router_commands as router_commands
     from arrowmoe import router_training as router_training
     from arrowmoe import router_trials as router_trials
@@ -148,7 +149,7 @@ _NAMES_OF_MODULE = {
 }
 _LAZY_MODULES = frozenset(
     {
-        *("inference", "operations", "training", "views"),
+        *("healing", "inference", "operations", "peer_checks", "peering", "training", "views"),
         *("evolution_commands", "evolution_view", "signal_view", "signalling"),
         *("router_commands", "router_training", "router_trials", "router_view"),
     }

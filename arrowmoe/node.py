@@ -23,7 +23,11 @@ from arrowmoe.settings import Settings
 from arrowmoe.signalling import SignalRecorder, signal_store
 from arrowmoe.swarm import Swarm
 from evolution.journal import SCHEDULE, Journal
+from federation import care
+from federation.care import Healing
 from federation.sync import PeerReport, SyncProgress, SyncReport
+from registry.card import LoRACard
+from registry.digest import Digest
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 from registry.store import Registry
@@ -142,6 +146,10 @@ class Node:
         self.inference.refresh()
         return report
 
+    def restore(self, digest: str) -> Healing:
+        """Mend a lost or damaged card with a peer's copy."""
+        return care.mend(self.registry, digest, self._fetch_anew)
+
     def route(self, text: str, *, base: str | None = None) -> Gates:
         """Which cards fit `text`."""
         return self.inference.route(text, base=base)
@@ -188,6 +196,7 @@ class Node:
             open=settings.open,
             peers=settings.peers,
             discovery=settings.discovery,
+            interfaces=settings.interfaces,
         )
         stack.enter_context(swarm)
         routes = bool(settings.bases)
@@ -204,6 +213,8 @@ class Node:
         if routes:
             stack.enter_context(_background("load", self._load))
         stack.enter_context(_background("watch", self._watch))
+        if settings.scrub_mib_per_s:
+            stack.enter_context(_background("scrub", self._scrub))
         stack.callback(self.stop)
         return NodeRecord(
             pid=os.getpid(),
@@ -235,6 +246,15 @@ class Node:
                 log.exception("peers_not_watched")
             work = self._look
             self._stopping.wait(self.settings.peer_interval_s)
+
+    def _scrub(self) -> None:
+        """Read every card again and again, slowly, and mend what is damaged."""
+        pace = self.settings.scrub_mib_per_s * (1 << 20)
+        care.Scrub(self.registry, bytes_per_s=pace, fetch=self._fetch_anew).run(self._stopping)
+
+    def _fetch_anew(self, digest: Digest) -> LoRACard:
+        swarm = self.swarm
+        return care.from_peers(lambda: swarm.company().asked, swarm.circle.connect)(digest)
 
     def _look(self) -> SyncReport:
         """Ask every known peer what it offers; what is not here becomes a virtual candidate."""

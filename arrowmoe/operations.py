@@ -14,6 +14,7 @@ from arrowmoe import views
 from arrowmoe.control import Handler, Progress
 from arrowmoe.inference import Inference
 from arrowmoe.settings import Settings
+from federation.care import Healing
 from federation.sync import PeerReport, SyncReport
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Served(Protocol):
     def sync(self, peers: Any = ..., *, dry_run: bool = ..., on_progress: Any = ...) -> SyncReport:
         """Copy what peers offer and is not here."""
 
+    def restore(self, digest: str) -> Healing:
+        """Mend a lost or damaged card with a peer's copy."""
+
     def stop(self) -> None:
         """Ask the node to end."""
 
@@ -70,6 +74,7 @@ def node_handlers(node: Served) -> Mapping[str, Handler]:
         "stop": stop,
         "peers": lambda params, progress: [views.peer_seen(report) for report in node.peers()],
         "sync": sync_handler(node.sync),
+        "restore": restore_handler(node.restore),
         "route": _late("route", node),
         "ask": _late("ask", node),
         "generate": _late("generate", node),
@@ -88,6 +93,16 @@ def sync_handler(run: Callable[..., SyncReport]) -> Handler:
         dry_run = bool(params.get("dry_run"))
         report = run(params.get("peers"), dry_run=dry_run, on_progress=lambda done: progress(views.progress(done)))
         return views.sync_report(report, dry_run=dry_run)
+
+    return handle
+
+
+def restore_handler(restore: Callable[[str], Healing]) -> Handler:
+    """The mending of the card `digest`."""
+
+    def handle(params: Params, progress: Progress) -> Any:
+        done = restore(params["digest"])
+        return {"digest": done.digest, "reason": done.reason, "error": done.error}
 
     return handle
 
@@ -129,4 +144,4 @@ def _late(method: str, node: Served) -> Handler:
     return lambda params, progress: inference_handlers(node.inference)[method](params, progress)
 
 
-__all__ = ["inference_handlers", "node_handlers", "sync_handler"]
+__all__ = ["inference_handlers", "node_handlers", "restore_handler", "sync_handler"]

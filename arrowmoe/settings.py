@@ -152,6 +152,30 @@ class EvolutionSettings(BaseModel):
     alpha: float = Field(default=0.05, gt=0, lt=1, description="share of published experts that may be idle")
 
 
+class TrustSettings(BaseModel):
+    """Which of the cards that peers have come in, and which wait in quarantine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unknown_publishers: Literal["auto", "quarantine", "accept", "refuse"] = Field(
+        default="auto",
+        description="what becomes of cards signed by nobody, or by neither an approved peer nor this node; auto: "
+        "quarantine, but on the loopback and with open accept",
+    )
+    publishers: Names = Field(default=(), description="node ids of publishers that are known besides approved peers")
+    unknown_bases: Literal["quarantine", "accept", "refuse"] = Field(
+        default="accept", description="what becomes of cards for base models that are not known here"
+    )
+    licences: Names = Field(default=(), description="licences that cards may have; empty: any, or none")
+    max_norm: float = Field(
+        default=1000.0,
+        gt=0,
+        description="most that a card may do to one module before it waits, as scaling times the norms of A and B",
+    )
+    quota_cards: int = Field(default=100_000, ge=0, description="most cards that are kept of one peer")
+    quota_gib: float = Field(default=256.0, ge=0, description="most of one peer's cards that is kept, in GiB")
+
+
 class LogSettings(BaseModel):
     """What is logged, and where."""
 
@@ -188,8 +212,11 @@ class Settings(BaseSettings):
     name: NodeName = Field(default_factory=lambda: socket.gethostname()[:63] or "node", description="shown to peers")
     host: str = Field(default="127.0.0.1", min_length=1, description="address that the Flight server listens on")
     flight_port: int = Field(default=0, ge=0, le=65_535, description="its port; 0: any free one")
-    open: bool = Field(default=False, description="serve beyond loopback without authentication")
+    open: bool = Field(default=False, description="answer every node that is not blocked, beyond loopback too")
     discovery: bool = Field(default=True, description="announce this node and look for others with mDNS")
+    interfaces: Names = Field(
+        default=(), description="network interfaces to look for nodes on; empty: all but those of containers and VPNs"
+    )
     peers: Peers = Field(default=(), description="peers that are always asked, as HOST:PORT")
     route_to_offers: bool = Field(
         default=True, description="whether cards that peers offer are routed to, and then fetched"
@@ -198,6 +225,9 @@ class Settings(BaseSettings):
         default=5.0, ge=0.1, le=86_400, description="how often peers are asked what they offer"
     )
     sync_on_start: bool = Field(default=False, description="copy what peers offer as soon as the node runs")
+    scrub_mib_per_s: float = Field(
+        default=4.0, ge=0, description="pace at which all cards are read again to find damage; 0: never"
+    )
     bases: Names = Field(default=(), description="base models to load: hub id, directory, GGUF file or builtin:NAME")
     embedder: str = Field(default="builtin:minilm", min_length=1, description="encoder whose space the router works in")
     device: str = Field(default="auto", min_length=1, description="torch device; auto: CUDA where there is one")
@@ -207,6 +237,7 @@ class Settings(BaseSettings):
     router: RouterSettings = RouterSettings()
     teacher: TeacherSettings = TeacherSettings()
     evolution: EvolutionSettings = EvolutionSettings()
+    trust: TrustSettings = TrustSettings()
     log: LogSettings = LogSettings()
 
     @classmethod
@@ -233,6 +264,7 @@ class Settings(BaseSettings):
             "router": RouterSettings,
             "teacher": TeacherSettings,
             "evolution": EvolutionSettings,
+            "trust": TrustSettings,
             "log": LogSettings,
         }
         model = groups.get(name.partition(".")[0], Settings)
@@ -365,5 +397,6 @@ __all__ = [
     "RouterSettings",
     "Settings",
     "TeacherSettings",
+    "TrustSettings",
     "load",
 ]

@@ -8,15 +8,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
-from federation.client import LoRAFlightClient
+from federation.circle import Circle, Company, pending_text
 from federation.discovery import Discovery
 from federation.errors import DiscoveryError, FederationError
-from federation.peer import Peer
+from federation.peer import Peer, is_loopback
 from federation.server import LoRAFlightServer
-from federation.sync import SyncMemory, SyncProgress, SyncReport, sync
+from federation.sync import PeerReport, SyncProgress, SyncReport, sync
 from federation.wire import InventoryEntry
 from registry.card import LoRACard
 from registry.digest import Digest
@@ -35,17 +35,22 @@ Statistics = tuple[RoutingSpec, tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """A card that peer `source` (an address) offers and this registry lacks: a virtual candidate."""
+    """A card that `peer` offers and this registry lacks: a virtual candidate."""
 
     entry: InventoryEntry
-    source: str
+    peer: Peer
+
+    @property
+    def source(self) -> str:
+        """The peer's address."""
+        return self.peer.address
 
 
 class Swarm:
     """The federation of one registry, between `start` and `close`.
 
-    `peers` are addresses HOST:PORT that are always asked; `discovery` finds more by mDNS. Off loopback `open` must say
-    that everyone who reaches the port may read every card; else starting raises `FederationError`.
+    `peers` are addresses HOST:PORT that are always asked; `discovery` finds more by mDNS on `interfaces`. Off
+    loopback only approved peers are asked and answered, unless `open` says that everyone may read every card.
     """
 
     def __init__(
@@ -58,17 +63,25 @@ class Swarm:
         open: bool = False,
         peers: Sequence[str] = (),
         discovery: bool = True,
+        interfaces: Sequence[str] = (),
     ) -> None:
         self.discovery_state = "starting" if discovery else "off"
         self.offers: Mapping[Digest, Offer] = {}
         self._registry = registry
         self._static = tuple(Peer.at(address) for address in peers)
+        self.circle = Circle(registry, name=name, open=open or is_loopback(host))
         self._server = LoRAFlightServer(
-            registry, node_id=registry.identity.id, name=name, host=host, port=port, open=open
+            registry,
+            node_id=registry.identity.id,
+            name=name,
+            host=host,
+            port=port,
+            open=open,
+            credentials=self.circle.credentials,
         )
         self._announced = (name, host) if discovery else None
+        self._interfaces = interfaces
         self._discovery: Discovery | None = None
-        self._memory: SyncMemory = {}
         self._statistics: dict[Digest, Statistics | None] = {}
         self._looking = threading.Lock()
         self._stack = ExitStack()
@@ -87,7 +100,13 @@ class Swarm:
             return
         name, host = self._announced
         # The port is known once the server is started.
-        discovery = Discovery(node_id=self._registry.identity.id, name=name, port=self._server.port, host=host)
+        discovery = Discovery(
+            node_id=self._registry.identity.id,
+            name=name,
+            port=self._server.port,
+            host=host,
+            interfaces=self._interfaces,
+        )
         try:
             self._discovery = self._stack.enter_context(discovery)
         except DiscoveryError as error:
@@ -111,10 +130,18 @@ class Swarm:
         """Where this registry is served, as HOST:PORT."""
         return self._server.address
 
+    @property
+    def port(self) -> int:
+        """The port of `address`."""
+        return self._server.port
+
     def known_peers(self) -> list[Peer]:
-        """Static peers and discovered ones, each address once."""
-        found = self._discovery.peers() if self._discovery is not None else []
-        return list({peer.address: peer for peer in (*self._static, *found)}.values())
+        """Whom to ask."""
+        return list(self.company().asked)
+
+    def company(self) -> Company:
+        """Static peers, discovered ones and those of the peer book: whom to ask, and who waits for approval."""
+        return self.circle.company(self._static, self._discovery.peers() if self._discovery is not None else [])
 
     def sync(
         self,
@@ -124,23 +151,26 @@ class Swarm:
         on_progress: Callable[[SyncProgress], None] | None = None,
     ) -> SyncReport:
         """Copy what `peers` (addresses; None: all known) offer and is not here."""
-        chosen = self.known_peers() if peers is None else [Peer.at(address) for address in peers]
-        return sync(self._registry, chosen, dry_run=dry_run, on_progress=on_progress, memory=self._memory)
+        chosen = self.company().asked if peers is None else [Peer.at(address) for address in peers]
+        return sync(self._registry, chosen, dry_run=dry_run, on_progress=on_progress, connect=self.circle.connect)
 
     def look(self) -> SyncReport:
-        """Ask every known peer what it offers, and remember it in `offers`."""
+        """Ask every known peer what it offers, and remember it in `offers`; introducers, whom they approved."""
         with self._looking:
+            self.circle.follow()
+            company = self.company()
             report = sync(
-                self._registry, self.known_peers(), dry_run=True, memory=self._memory, timeout_s=PROBE_TIMEOUT_S
+                self._registry, company.asked, dry_run=True, timeout_s=PROBE_TIMEOUT_S, connect=self.circle.connect
             )
+            self.circle.noted(peer.peer for peer in report.peers if peer.error is None)
+            self.circle.greet(company.waiting)
             self.offers = {
-                entry.digest: Offer(entry=entry, source=peer.peer.address)
-                for peer in report.peers
-                for entry in peer.missing
+                entry.digest: Offer(entry=entry, peer=peer.peer) for peer in report.peers for entry in peer.missing
             }
             known = self._statistics.copy()
             self._statistics = {digest: known[digest] for digest in self.offers if known.get(digest) is not None}
-        return report
+        waiting = (PeerReport(peer=peer, error=pending_text(peer.node_id)) for peer in company.waiting)
+        return replace(report, peers=(*report.peers, *waiting))
 
     def statistics(self, digest: Digest) -> Statistics | None:
         """The statistics of an offered card, fetched without its weights and remembered while it is offered.
@@ -152,7 +182,7 @@ class Swarm:
             return None
         known = self._statistics
         if digest not in known:
-            known[digest] = _statistics_of(offer)
+            known[digest] = self._statistics_of(offer)
         return known[digest]
 
     def fetch(self, digest: str) -> LoRACard:
@@ -162,25 +192,24 @@ class Swarm:
         offer = self.offers.get(Digest(digest))
         if offer is None:
             raise FederationError(f"no peer offers card {digest} any more", hint="ask again: it is not routed to now")
-        with LoRAFlightClient(offer.source) as client:
-            peer_id = client.health().node_id
+        with self.circle.connect(offer.peer) as client:
+            peer_id = client.proven().node_id
             card = client.fetch_skill(Digest(digest))
         self._registry.admit(card, origin=Origin(peer_id=peer_id, address=offer.source))
         log.info("virtual_candidate_fetched", card=card.name, digest=digest, peer=offer.source)
         return card
 
-
-def _statistics_of(offer: Offer) -> Statistics | None:
-    try:
-        with LoRAFlightClient(offer.source, timeout_s=PROBE_TIMEOUT_S) as client:
-            manifest, tensors = client.fetch_statistics(offer.entry.digest)
-    except FederationError as error:
-        log.warning("statistics_not_fetched", digest=offer.entry.digest, peer=offer.source, error=str(error))
-        return None
-    if manifest.routing is None:
-        log.warning("statistics_not_there", digest=offer.entry.digest, peer=offer.source)
-        return None
-    return manifest.routing, tensors
+    def _statistics_of(self, offer: Offer) -> Statistics | None:
+        try:
+            with self.circle.connect(offer.peer, PROBE_TIMEOUT_S) as client:
+                manifest, tensors = client.fetch_statistics(offer.entry.digest)
+        except FederationError as error:
+            log.warning("statistics_not_fetched", digest=offer.entry.digest, peer=offer.source, error=str(error))
+            return None
+        if manifest.routing is None:
+            log.warning("statistics_not_there", digest=offer.entry.digest, peer=offer.source)
+            return None
+        return manifest.routing, tensors
 
 
 __all__ = ["Offer", "Statistics", "Swarm"]

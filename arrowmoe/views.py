@@ -32,6 +32,7 @@ def card(entry: CardEntry) -> Json:
         "created": entry.created.isoformat(),
         "added_at": entry.added_at.isoformat(),
         "origin": None if origin is None else {"peer_id": origin.peer_id, "address": origin.address},
+        "quarantined": entry.quarantined,
     }
 
 
@@ -113,6 +114,7 @@ def _peer_report(report: PeerReport) -> Json:
         "error": report.error,
         "offered": report.offered,
         "missing": [offer(entry) for entry in report.missing],
+        "removed": [{"digest": stone.digest, "label": stone.label} for stone in report.removed],
         "fetched": [card(entry) for entry in report.fetched],
         "failed": [{"digest": digest, "reason": reason} for digest, reason in report.failed],
         "bytes_moved": report.bytes_moved,

@@ -11,8 +11,9 @@ from typing import TypeAlias
 import pyarrow as pa
 from pyarrow import flight
 
-from federation import wire
+from federation import limits, wire
 from federation.card_files import described, one_line, opened, tensor_bytes
+from registry.changes import Changes, Kind, Position
 from registry.digest import Digest
 from registry.entries import CardEntry
 from registry.errors import UnknownCardError
@@ -41,10 +42,13 @@ class Answers:
         self._with_statistics: dict[Digest, bool] = {}
         self.actions: Mapping[str, Action] = {
             wire.ACTION_HEALTH: Action(
-                description="who this node is and a token of its cards, as one JSON object", answer=self._health
+                description="who this node is and the number of its latest change, as one JSON object",
+                answer=self._health,
             ),
-            wire.ACTION_INVENTORY: Action(
-                description="its cards as pages of JSON", answer=self._inventory, streams=True
+            wire.ACTION_CHANGES: Action(
+                description="what changed since a number: cards that are here, gone or removed, as a page of JSON",
+                answer=self._changes,
+                streams=True,
             ),
             wire.ACTION_MANIFEST: Action(
                 description="a card's manifest, and its signature if it has one", answer=self._manifest
@@ -57,19 +61,29 @@ class Answers:
         }
 
     def _health(self, body: bytes) -> Iterator[Result]:
-        digests = self._registry.digests()
+        page = self._registry.changes(limit=1)
         health = wire.Health(
             node_id=self._node_id,
             name=self._name,
             protocol=wire.PROTOCOL_VERSION,
-            cards=len(digests),
-            state=wire.state_of(digests),
+            index_id=page.index_id,
+            last=page.last,
         )
         return iter([wire.encode_health(health)])
 
-    def _inventory(self, body: bytes) -> Iterator[Result]:
-        entries = self._registry.list()
-        return wire.encode_inventory(_offer(entry, self._has_statistics(entry.digest)) for entry in entries)
+    def _changes(self, body: bytes) -> Iterator[Result]:
+        page = self._changes_since(wire.decode_changes_request(body))
+        added = (change.digest for change in page.entries if change.kind is Kind.ADDED)
+        entries = self._registry.entries(added)  # some may be gone since: the next page says so
+        offered = {entry.digest: _offer(entry, self._has_statistics(entry.digest)) for entry in entries}
+        return iter([wire.encode_changes(page, offered)])
+
+    def _changes_since(self, known: Position) -> Changes:
+        """What came after `known`; everything, if `known` is not of this catalog as it is now."""
+        page = self._registry.changes(known.upto, limits.MAX_PAGE_CHANGES)
+        if known.upto and (page.index_id != known.index_id or page.last < known.upto):
+            return self._registry.changes(0, limits.MAX_PAGE_CHANGES)
+        return page
 
     def _manifest(self, body: bytes) -> Iterator[Result]:
         return iter(described(opened(self._registry, wire.decode_card_request(body).digest)))

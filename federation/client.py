@@ -3,12 +3,11 @@
 A card's digest is the digest of its manifest, and the manifest says how large every tensor is. So a fetch reads the
 manifest first and, once that is known to be the one asked for, believes its sizes and holds the peer to them. Tensors
 come as plain bytes: Arrow never reads what a peer sends, for it could inflate to any size before one may look at it.
-What the peer got wrong is a `PeerError`, what the line got wrong a `TransportError`.
+What goes wrong is named by `federation.line`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -16,46 +15,87 @@ from itertools import groupby, islice
 from typing import Self
 
 import numpy as np
-import pyarrow as pa
 from pyarrow import flight
 
 from federation import limits, wire
-from federation.errors import FederationError, PeerError, PeerUnreachableError, TransferError, TransportError
-from federation.peer import format_address, parse_address
+from federation.credentials import Credentials
+from federation.errors import IdentityError, PeerError, PeerUnreachableError, TransferError, TransportError
+from federation.line import Line, Proven
+from federation.sightings import Sightings
 from registry.card import LoRACard, check_tensor
+from registry.changes import Position
 from registry.digest import Digest, digest_of
 from registry.errors import CardError
 from registry.format import described
 from registry.manifest import FORMAT_VERSION, Manifest, TensorSpec
 from registry.tensor import Role, Tensor
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-_ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeError)
-
 
 class LoRAFlightClient:
     """One peer's cards. Connects at the first call; safe to share between threads; must not outlive a `fork`.
 
+    With `credentials` it speaks TLS, proves who this node is, and makes sure that node `node_id` answers (empty:
+    whichever does); `sightings`, shared by a node's clients, notice a copied home. Without, it speaks plaintext and
+    nobody proves anything: for the loopback, and tests.
     `timeout_s` bounds every call that moves no tensors; a transfer gets time for its promised bytes on top.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = limits.CALL_TIMEOUT_S) -> None:
-        self.address = format_address(*parse_address(address))
+    def __init__(
+        self,
+        address: str,
+        *,
+        credentials: Credentials | None = None,
+        node_id: str = "",
+        sightings: Sightings | None = None,
+        timeout_s: float = limits.CALL_TIMEOUT_S,
+    ) -> None:
+        self._line = Line(address, credentials=credentials, node_id=node_id, sightings=sightings, timeout_s=timeout_s)
+        self.address = self._line.address
         self._timeout_s = timeout_s
-        self._channel: flight.FlightClient | None = None
+        self._secured = credentials is not None
+
+    def proven(self) -> Proven:
+        """Which node answers there, which TLS has proven. Raises `PeerUnreachableError`, `PeerError`."""
+        return self._line.proven()
 
     def health(self) -> wire.Health:
         """Who answers there. Raises `PeerUnreachableError`, `PeerError`."""
-        with closing(self._action(wire.ACTION_HEALTH)) as results:
+        with closing(self.ask(wire.ACTION_HEALTH)) as results:
             answer = next(results, None)
         if answer is None:
             raise PeerError(f"expected a health answer from {self.address}, got none")
-        return wire.decode_health(answer)
+        health = wire.decode_health(answer)
+        if self._secured and health.node_id != self.proven().node_id:
+            raise IdentityError(f"{self.address} calls itself {health.node_id}, and is {self.proven().node_id}")
+        return health
+
+    def changes(self, known: Position) -> wire.ChangesPage:
+        """What changed there since what is `known`, or since 0. Raises `PeerUnreachableError`, `PeerError`."""
+        with closing(self.ask(wire.ACTION_CHANGES, wire.encode_changes_request(known))) as results:
+            answer = next(results, None)
+        if answer is None:
+            raise PeerError(f"expected a page of changes from {self.address}, got none")
+        return wire.decode_changes(answer, known)
 
     def list_remote_skills(self) -> list[wire.InventoryEntry]:
         """What the peer says it has. Raises `PeerUnreachableError`, `PeerError`."""
-        with closing(self._action(wire.ACTION_INVENTORY)) as pages:
-            return wire.decode_inventory(pages)
+        found: dict[Digest, wire.InventoryEntry] = {}
+        known, size = Position(), 0
+        for _ in range(limits.MAX_PAGES):
+            page = self.changes(known)
+            size += sum(len(wire.encode_entry(entry)) for entry in page.added)
+            if size > limits.MAX_INVENTORY_CHARS:
+                break
+            found = {**(found if page.since else {}), **{entry.digest: entry for entry in page.added}}
+            for digest in page.gone:
+                found.pop(digest, None)
+            if not page.more:
+                return [*found.values()]
+            known = page.position
+        raise PeerError(
+            f"expected an inventory of at most {limits.MAX_PAGES} pages and {limits.MAX_INVENTORY_CHARS} characters "
+            f"from {self.address}, got more"
+        )
 
     def fetch_skill(self, digest: Digest, on_bytes: Callable[[int], None] | None = None) -> LoRACard:
         """The card with `digest`, every tensor verified as it arrives; `on_bytes` hears of tensor bytes as they come.
@@ -68,6 +108,20 @@ class LoRAFlightClient:
             tensors = self._tensors(wire.CardRequest(digest=digest), card.manifest.tensors, on_bytes)
         return replace(card, tensors=tensors)
 
+    def describe(self, digest: Digest) -> LoRACard:
+        """The card with `digest` without its tensors: manifest and signature, both checked. Raises as `fetch_skill`."""
+        with self._card_errors(digest):
+            return self._without_tensors(digest)
+
+    def read(self, digest: Digest, offset: int, nbytes: int) -> Generator[memoryview, None, None]:
+        """`nbytes` of the card's tensor bytes from `offset` on, as they come; nobody has checked them.
+
+        Closing it early ends the call. Raises `TransferError`, or `PeerError` for a peer that refuses.
+        """
+        request = wire.CardRequest(digest=digest, offset=offset, nbytes=nbytes)
+        action = flight.Action(wire.ACTION_TENSORS, wire.encode_card_request(request))
+        return self._results(action, self._timeout_s + nbytes / limits.SLOWEST_BYTES_PER_S, TransferError, nbytes)
+
     def fetch_statistics(self, digest: Digest) -> tuple[Manifest, tuple[Tensor, ...]]:
         """The manifest of the card with `digest` and its tensors of role `STATS`, verified, without its weights.
 
@@ -78,11 +132,14 @@ class LoRAFlightClient:
             runs = [self._tensors(request, specs) for request, specs in _statistics_in(manifest, digest)]
         return manifest, tuple(tensor for run in runs for tensor in run)
 
+    def ask(self, action: str, body: bytes = b"") -> Generator[bytes, None, None]:
+        """The results of an action that moves no tensors. Raises `PeerUnreachableError`, `PeerError`."""
+        with closing(self._results(flight.Action(action, body), self._timeout_s, PeerUnreachableError)) as results:
+            yield from map(bytes, results)
+
     def close(self) -> None:
         """Close the connection."""
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+        self._line.close()
 
     def __enter__(self) -> Self:
         return self
@@ -116,40 +173,20 @@ class LoRAFlightClient:
     ) -> tuple[Tensor, ...]:
         """The tensors that `request` asks for, which are those of `specs`."""
         action = flight.Action(wire.ACTION_TENSORS, wire.encode_card_request(request))
-        deadline_s = self._timeout_s + sum(spec.nbytes for spec in specs) / limits.SLOWEST_BYTES_PER_S
-        with closing(self._results(action, deadline_s, TransferError)) as chunks:
+        nbytes = sum(spec.nbytes for spec in specs)
+        deadline_s = self._timeout_s + nbytes / limits.SLOWEST_BYTES_PER_S
+        with closing(self._results(action, deadline_s, TransferError, nbytes)) as chunks:
             return _received(_ByteStream(chunks, on_bytes), specs)
 
-    def _action(self, name: str) -> Generator[bytes, None, None]:
-        """The results of an action that moves no tensors."""
-        with closing(self._results(flight.Action(name, b""), self._timeout_s, PeerUnreachableError)) as results:
-            yield from map(bytes, results)
-
     def _results(
-        self, action: flight.Action, timeout_s: float, broken: type[TransportError]
+        self,
+        action: flight.Action,
+        timeout_s: float,
+        broken: type[TransportError],
+        nbytes: int = limits.MAX_MESSAGE_BYTES,
     ) -> Generator[memoryview, None, None]:
-        """The results of an action, one by one; closing the iterator early cancels the call."""
-        with self._line(broken):
-            for result in self._shared().do_action(action, self._options(timeout_s)):
-                yield memoryview(result.body).cast("B")
-
-    def _shared(self) -> flight.FlightClient:
-        if self._channel is None:
-            self._channel = self._connect()
-        return self._channel
-
-    def _connect(self) -> flight.FlightClient:
-        options = [
-            ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
-            ("grpc.http2.bdp_probe", 0),  # else gRPC reads ahead as far as it likes: a whole card of 64 MiB was seen
-            ("grpc.http2.lookahead_bytes", limits.READ_AHEAD_BYTES),
-            ("grpc.enable_http_proxy", 0),  # a peer is on this network, a proxy of the environment is not
-            ("grpc.use_local_subchannel_pool", 1),  # else a new client inherits an old one's back-off
-        ]
-        return flight.FlightClient(f"grpc+tcp://{self.address}", generic_options=options)
-
-    def _options(self, timeout_s: float) -> flight.FlightCallOptions:
-        return flight.FlightCallOptions(timeout=timeout_s)
+        """The results of an action, `nbytes` in sum, one by one; closing the iterator early cancels the call."""
+        return self._line.call(action, timeout_s, broken, nbytes)
 
     @contextmanager
     def _card_errors(self, digest: Digest) -> Iterator[None]:
@@ -157,14 +194,6 @@ class LoRAFlightClient:
             yield
         except CardError as error:
             raise PeerError(f"{self.address} sent card {digest} damaged or forged: {error}") from error
-
-    @contextmanager
-    def _line(self, broken: type[TransportError]) -> Iterator[None]:
-        """Translate the library's errors; `broken` is what a failing line is called at this point."""
-        try:
-            yield
-        except _ARROW_ERRORS as error:
-            raise _translated(error, self.address, broken) from error
 
 
 def probe(address: str, *, timeout_s: float = limits.PROBE_TIMEOUT_S) -> wire.Health:
@@ -246,30 +275,6 @@ def _check_size(manifest: Manifest, digest: Digest) -> None:
             f"expected at most {limits.MAX_CARD_BYTES} bytes of tensors, got {manifest.tensor_bytes} in card {digest}, "
             "so it is not fetched"
         )
-
-
-def _translated(error: Exception, address: str, broken: type[TransportError]) -> FederationError:
-    said = _brief(error)
-    match error:
-        case flight.FlightUnavailableError():
-            return broken(f"{address} is not available: {said}", hint="is the node running, and the address right?")
-        case flight.FlightTimedOutError():
-            return broken(f"{address} did not answer in time: {said}")
-        case flight.FlightInternalError():
-            return broken(f"the exchange with {address} failed: {said}")
-        case flight.FlightCancelledError():  # gRPC cuts a stream so when a message is over the limit
-            return PeerError(f"{address} cancelled the call, or sent a message over the size limit: {said}")
-        case flight.FlightServerError() if error.extra_info == wire.NOT_FOUND:
-            return PeerError(f"{address} does not have that: {said}")
-        case flight.FlightError():
-            return PeerError(f"{address} refused: {said}")
-    return PeerError(f"{address} sent something that cannot be read: {said}")
-
-
-def _brief(error: Exception) -> str:
-    """The first part of the library's text, without what a terminal would obey: a peer may have written it."""
-    text = str(error).split(". Detail: ")[0].split(". gRPC client debug context")[0]
-    return _CONTROL.sub(" ", text).strip()[:300] or type(error).__name__
 
 
 __all__ = ["LoRAFlightClient", "probe"]

@@ -10,14 +10,16 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Self
 
 import ifaddr
 from zeroconf import Error as ZeroconfError
-from zeroconf import InterfaceChoice, IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
+from zeroconf import IPVersion, ServiceBrowser, ServiceInfo, Zeroconf
 
 from federation.errors import DiscoveryError
+from federation.interfaces import Interface, choose, kind_of
 from federation.peer import Peer, is_loopback
 from federation.wire import PROTOCOL_VERSION, SERVICE_TYPE
 from registry.logs import get_logger
@@ -33,11 +35,15 @@ _MAX_PEERS = 1024
 class Discovery:
     """Announces a node that serves on `host`:`port`, and collects the others, between `start` and `close`.
 
-    A node on the loopback is announced on the loopback only.
+    A node on the loopback is announced on the loopback only, one on all addresses on `interfaces` (names or addresses;
+    none given: all on which peers may be, see `federation.interfaces`).
     """
 
-    def __init__(self, *, node_id: str, name: str, port: int, host: str = _LOOPBACK) -> None:
+    def __init__(
+        self, *, node_id: str, name: str, port: int, host: str = _LOOPBACK, interfaces: Sequence[str] = ()
+    ) -> None:
         self._node_id, self._name, self._host, self._port = node_id, name, host, port
+        self._interfaces = interfaces
         self._found = _Found(ignore=node_id)
         self._stack: ExitStack | None = None
 
@@ -46,8 +52,15 @@ class Discovery:
         if self._stack is not None:
             return
         with ExitStack() as stack:
-            zeroconf = _open(stack, loopback=is_loopback(self._host))
-            info = _announcement(self._node_id, self._name, self._host, self._port)
+            addresses = addresses_of(self._host, self._interfaces)
+            if not addresses:
+                raise DiscoveryError(
+                    "no network interface to look for peers on: there are only those of this machine, of containers "
+                    "and of VPNs",
+                    hint="name one with the setting `interfaces`, or peers with --peer HOST:PORT",
+                )
+            zeroconf = _open(stack, addresses)
+            info = _announcement(self._node_id, self._name, addresses, self._port)
             try:
                 zeroconf.register_service(info, allow_name_change=True)
             except (ZeroconfError, OSError) as error:
@@ -74,14 +87,14 @@ class Discovery:
         self.close()
 
 
-def browse(timeout_s: float, *, node_id: str = "", host: str = "0.0.0.0") -> list[Peer]:
+def browse(timeout_s: float, *, node_id: str = "", host: str = "0.0.0.0", interfaces: Sequence[str] = ()) -> list[Peer]:
     """The nodes that answer within `timeout_s`, without announcing anything; not `node_id`. Raises `DiscoveryError`.
 
-    `host`: a loopback address looks on this machine only.
+    `host` and `interfaces`: where to look, as for `Discovery`.
     """
     found = _Found(ignore=node_id)
     with ExitStack() as stack:
-        _browse(stack, _open(stack, loopback=is_loopback(host)), found)
+        _browse(stack, _open(stack, addresses_of(host, interfaces)), found)
         time.sleep(timeout_s)
     return found.peers()
 
@@ -117,10 +130,10 @@ class _Found:
             self._peers.pop(instance, None)
 
 
-def _open(stack: ExitStack, *, loopback: bool) -> Zeroconf:
-    interfaces = [_LOOPBACK] if loopback else InterfaceChoice.All
+def _open(stack: ExitStack, addresses: Sequence[str]) -> Zeroconf:
+    """On the interfaces with these addresses, and on the loopback, for other nodes of this machine."""
     try:
-        zeroconf = Zeroconf(interfaces=interfaces, ip_version=IPVersion.V4Only)
+        zeroconf = Zeroconf(interfaces=sorted({_LOOPBACK, *addresses}), ip_version=IPVersion.V4Only)
     except (ZeroconfError, OSError) as error:
         raise DiscoveryError(
             f"multicast DNS is not possible here: {error}", hint="name peers yourself: --peer HOST:PORT"
@@ -134,7 +147,7 @@ def _browse(stack: ExitStack, zeroconf: Zeroconf, found: _Found) -> None:
     stack.callback(browser.cancel)
 
 
-def _announcement(node_id: str, name: str, host: str, port: int) -> ServiceInfo:
+def _announcement(node_id: str, name: str, addresses: Sequence[str], port: int) -> ServiceInfo:
     """The service to register; its instance name is unique because the node's id is in it."""
     label = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:_NAME_CHARS].strip("-") or "node"
     return ServiceInfo(
@@ -143,21 +156,38 @@ def _announcement(node_id: str, name: str, host: str, port: int) -> ServiceInfo:
         port=port,
         properties={"id": node_id, "port": str(port), "proto": str(PROTOCOL_VERSION)},
         server=f"arrowmoe-{node_id}.local.",
-        parsed_addresses=_addresses(host),
+        parsed_addresses=list(addresses),
     )
 
 
-def _addresses(host: str) -> list[str]:
-    """The IPv4 addresses under which a server on `host` can be reached."""
+def addresses_of(host: str, interfaces: Sequence[str] = ()) -> list[str]:
+    """The IPv4 addresses of this machine under which peers may reach a server on `host`. Raises `DiscoveryError`."""
     if is_loopback(host):
         return [_LOOPBACK]
     if host in ("0.0.0.0", "::", ""):
-        found = [str(place.ip) for adapter in ifaddr.get_adapters() for place in adapter.ips if place.is_IPv4]
-        return sorted({address for address in found if not is_loopback(address)})
+        return _chosen(interfaces)
     try:
         return sorted({str(place[4][0]) for place in socket.getaddrinfo(host, None, socket.AF_INET)})
     except OSError as error:
         raise DiscoveryError(f"expected an address to announce, got {host!r}: {error}") from error
+
+
+def _chosen(wanted: Sequence[str]) -> list[str]:
+    choice = choose(interfaces_here(), wanted)
+    _log.info("interfaces_chosen", addresses=choice.addresses, skipped=dict(choice.skipped))
+    return sorted(set(choice.addresses))
+
+
+def interfaces_here() -> list[Interface]:
+    """The network interfaces of this machine."""
+    return [
+        Interface(
+            name=adapter.nice_name,
+            addresses=tuple(str(place.ip) for place in adapter.ips if place.is_IPv4),
+            kind=kind_of(adapter.nice_name),
+        )
+        for adapter in ifaddr.get_adapters()
+    ]
 
 
 def _peer_of(info: ServiceInfo) -> Peer | None:
@@ -173,4 +203,4 @@ def _peer_of(info: ServiceInfo) -> Peer | None:
     return Peer(host=addresses[0], port=port, node_id=node_id, name=name[:_NAME_CHARS], source="mdns")
 
 
-__all__ = ["Discovery", "browse"]
+__all__ = ["Discovery", "browse", "interfaces_here"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Literal
 
 from federation.errors import FederationError
+
+_NODE_ID = re.compile(r"[0-9a-f]{32}")
+_GROUP = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,7 @@ class Peer:
     port: int
     node_id: str = ""
     name: str = ""
-    source: Literal["static", "mdns"] = "static"
+    source: Literal["static", "mdns", "book"] = "static"
 
     def __post_init__(self) -> None:
         parse_address(self.address)
@@ -56,6 +60,21 @@ def format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def shown_id(node_id: str) -> str:
+    """A node id in groups that people can compare: ``1234-abcd-…``."""
+    return "-".join(node_id[start : start + _GROUP] for start in range(0, len(node_id), _GROUP))
+
+
+def parse_id(text: str) -> str:
+    """The node id that a user wrote, in groups or not. Raises `FederationError`."""
+    node_id = re.sub(r"[\s-]", "", text).lower()
+    if not _NODE_ID.fullmatch(node_id):
+        raise FederationError(
+            f"expected a node id of 32 hex digits, got {text!r:.100}", hint="`arrowmoe node id` prints a node's own"
+        )
+    return node_id
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`. A name other than ``localhost`` is taken to be reachable."""
     try:
@@ -64,4 +83,4 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-__all__ = ["Peer", "format_address", "is_loopback", "parse_address"]
+__all__ = ["Peer", "format_address", "is_loopback", "parse_address", "parse_id", "shown_id"]

@@ -2,73 +2,96 @@
 
 Cards go out as the record batches that lie in their mapped files, never copied, never decoded. A handler fails with a
 Flight error that says what happened, never with a traceback of ours. What the calls mean: `docs/protocol.md`.
-Nothing here knows who is asking; until nodes prove who they are, off loopback takes `open=True`.
+With credentials every caller proves who they are before a handler runs, and the peer book says at every call who is
+answered. Without, nobody proves anything.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import stat
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import pyarrow as pa
 from pyarrow import flight
 
 from federation import limits, wire
-from federation.answers import Answers, Result
+from federation.access import Doorman
+from federation.answers import Action, Answers, Result
 from federation.card_files import batches, one_line, opened
-from federation.errors import FederationError
+from federation.credentials import Credentials, pem_of
+from federation.errors import BusyError, FederationError, NotApprovedError
+from federation.gate import Gate
+from federation.handshake import Callers
+from federation.membership import Membership
 from federation.peer import format_address, is_loopback
+from federation.places import Places
+from federation.turnstile import Turnstile, place_of
 from registry.digest import Digest
 from registry.entries import CardEntry
 from registry.errors import AmbiguousCardError, ArrowMoEError, UnknownCardError
 from registry.logs import get_logger
+from registry.peers import PeerBook
 from registry.store import Registry
 
 _log = get_logger(__name__)
 _Item = TypeVar("_Item")
+_PRIVATE = "127.0.0.1"
+"""Where gRPC listens, behind the turnstile, which has the address that callers know."""
 
 
 class LoRAFlightServer:
     """Serves a registry's cards on `host`:`port` from gRPC's own threads, between `start` and `close`.
 
-    Raises `FederationError` where `host` can be reached from elsewhere and `open` is not set.
+    With `credentials` it speaks TLS, callers prove their ids, and those are answered that the registry's peer book has
+    approved; on the loopback, and with `open`, all that it has not blocked. Without, it speaks plaintext and answers
+    everyone, on the loopback only, else it raises `FederationError`.
     """
 
     def __init__(
-        self, registry: Registry, *, node_id: str, name: str, host: str = "127.0.0.1", port: int = 0, open: bool = False
+        self,
+        registry: Registry,
+        *,
+        node_id: str,
+        name: str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        open: bool = False,
+        credentials: Credentials | None = None,
     ) -> None:
-        if not (open or is_loopback(host)):
+        if credentials is None and not is_loopback(host):
             raise FederationError(
-                f"expected a loopback address, got {host}, so anybody who reaches it could read every card",
-                hint="this release cannot tell peers apart; --open serves all the same, for networks you trust",
+                f"expected a loopback address for a server without credentials, got {host}, so anybody could listen",
+                hint="give it credentials: Credentials.of(registry.identity)",
             )
         if not 0 < len(name) <= limits.MAX_NAME_CHARS or not name.isprintable():
             raise FederationError(f"expected a node name of 1 to {limits.MAX_NAME_CHARS} characters, got {name!r:.200}")
         self._registry, self._node_id, self._name = registry, node_id, name
         self.host = host
         self._port = port
+        self._open = open or is_loopback(host)
+        self._credentials = credentials
         self._handlers: _Handlers | None = None
 
     def start(self) -> None:
         """Listen, and answer from now on. Raises `FederationError` if the address cannot be had."""
         if self._handlers is not None:
             return
-        location = f"grpc+tcp://{format_address(self.host, self._port)}"
+        answers = Answers(self._registry, node_id=self._node_id, name=self._name)
         try:
-            self._handlers = _Handlers(location, self._registry, node_id=self._node_id, name=self._name)
-        except (pa.ArrowException, OSError) as error:
+            turnstile = Turnstile(host=self.host, port=self._port)
+        except OSError as error:
             raise FederationError(
                 f"cannot listen on {format_address(self.host, self._port)}: {one_line(error)}",
                 hint="another program may hold that port; port 0 takes a free one",
             ) from error
-        _log.info("flight_server_started", address=self.address, open=not is_loopback(self.host))
+        self._handlers = (
+            _Handlers("grpc+tcp", turnstile, self._registry, answers)
+            if self._credentials is None
+            else _secured(turnstile, self._registry, answers, self._credentials, open=self._open)
+        )
+        turnstile.start((_PRIVATE, self._handlers.port))
+        _log.info("flight_server_started", address=self.address, open=self._open, tls=self._credentials is not None)
 
     def close(self) -> None:
         """End within about a second: streams get `CLOSE_GRACE_S` to end, then their connections are cut."""
@@ -78,15 +101,15 @@ class LoRAFlightServer:
         shutdown = threading.Thread(target=handlers.shutdown, name="arrowmoe-flight-close", daemon=True)
         shutdown.start()
         shutdown.join(limits.CLOSE_GRACE_S)
-        while shutdown.is_alive():
-            cut = _cut_connections(handlers.port)
-            _log.warning("flight_connections_cut", port=handlers.port, connections=cut)
-            shutdown.join(limits.CLOSE_GRACE_S)
+        if shutdown.is_alive():  # it waits for every call, and a reader that stalls never ends its own
+            _log.warning("flight_connections_cut", port=handlers.turnstile.port, connections=handlers.turnstile.open)
+        handlers.turnstile.close()
+        shutdown.join()
 
     @property
     def port(self) -> int:
         """The port listened on; the one asked for while the server does not run."""
-        return self._port if self._handlers is None else int(self._handlers.port)
+        return self._port if self._handlers is None else self._handlers.turnstile.port
 
     @property
     def address(self) -> str:
@@ -104,57 +127,77 @@ class LoRAFlightServer:
 class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library takes handlers as a subclass only
     """Serves from construction on. `serve()` is never called: all it would add is signal handlers of its own."""
 
-    def __init__(self, location: str, registry: Registry, *, node_id: str, name: str) -> None:
-        self._registry = registry
-        self._answers = Answers(registry, node_id=node_id, name=name)
-        self._streams = threading.BoundedSemaphore(limits.MAX_STREAMS)
-        super().__init__(location)
+    def __init__(
+        self,
+        scheme: str,
+        turnstile: Turnstile,
+        registry: Registry,
+        answers: Answers,
+        *,
+        doorman: Doorman | None = None,
+        **security: Any,
+    ) -> None:
+        self._registry, self._answers, self._doorman = registry, answers, doorman
+        self._membership = Membership(registry.database)
+        self.turnstile = turnstile
+        self._places = Places(turnstile.cut)
+        super().__init__(f"{scheme}://{format_address(_PRIVATE, 0)}", middleware={"gate": Gate()}, **security)
 
     def list_flights(self, context: flight.ServerCallContext, criteria: bytes) -> Iterator[flight.FlightInfo]:
-        with _flight_errors():
+        with self._answering(context, "list_flights"):
             name = criteria.decode(errors="replace") or None
             return iter(self._listing(self._registry.list(name=name)))
 
     def get_flight_info(
         self, context: flight.ServerCallContext, descriptor: flight.FlightDescriptor
     ) -> flight.FlightInfo:
-        with _flight_errors():
+        with self._answering(context, "get_flight_info"):
             return _info(self._registry, self._registry.entry(_ref_of(descriptor)))
 
     def do_get(self, context: flight.ServerCallContext, ticket: flight.Ticket) -> flight.GeneratorStream:
-        with _flight_errors():
+        with self._answering(context, "do_get") as caller:
             reader = opened(self._registry, Digest(ticket.ticket.decode(errors="replace")))
-            return flight.GeneratorStream(reader.schema, self._stream(_guarded(batches(reader))))
+            return flight.GeneratorStream(
+                reader.schema, self._stream(_guarded(batches(reader)), caller, place_of(context.peer()))
+            )
 
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> Iterator[Result]:
-        with _flight_errors():
-            known = self._answers.actions.get(action.type)
+        with self._answering(context, action.type) as caller:
+            known = self._actions(context, caller).get(action.type)
             if known is None:
                 raise flight.FlightServerError(
                     f"action {action.type[:80]!r} is unknown; list_actions names those there are"
                 )
             results = _guarded(known.answer(action.body.to_pybytes()))
-            return self._stream(results) if known.streams else results
+            return self._stream(results, caller, place_of(context.peer())) if known.streams else results
 
     def list_actions(self, context: flight.ServerCallContext) -> list[tuple[str, str]]:
-        return [(name, action.description) for name, action in self._answers.actions.items()]
+        with self._answering(context, "list_actions") as caller:
+            return [(name, action.description) for name, action in self._actions(context, caller).items()]
 
-    def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        raise flight.FlightUnauthorizedError("this node takes no uploads; publish on your own node, peers will fetch")
-
-    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        raise flight.FlightUnauthorizedError("this node does not exchange streams; use get_flight_info and do_get")
-
-    def get_schema(self, context: Any, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
-        with _flight_errors():
+    def get_schema(self, context: flight.ServerCallContext, descriptor: flight.FlightDescriptor) -> flight.SchemaResult:
+        with self._answering(context, "get_schema"):
             return flight.SchemaResult(opened(self._registry, self._registry.entry(_ref_of(descriptor)).digest).schema)
 
-    def _stream(self, items: Iterator[Any]) -> Iterator[Any]:
-        """`items`, holding one of the `MAX_STREAMS` places until the call ends, even if it never starts to read."""
-        if not self._streams.acquire(blocking=False):
-            raise flight.FlightUnavailableError(f"{limits.MAX_STREAMS} streams are open here already; try again soon")
-        weakref.finalize(items, self._streams.release).atexit = False
-        return items
+    @contextmanager
+    def _answering(self, context: flight.ServerCallContext, call: str) -> Iterator[str]:
+        """Answer `call`, if its caller may ask it; yields their node id, empty without credentials."""
+        with _flight_errors():
+            caller = context.peer_identity().decode()
+            if self._doorman is None or self._doorman.check(caller, call):
+                self.turnstile.admit(place_of(context.peer()))
+            yield caller
+
+    def _actions(self, context: flight.ServerCallContext, caller: str) -> Mapping[str, Action]:
+        """What can be asked; without credentials nobody can join."""
+        if self._doorman is None:
+            return self._answers.actions
+        host = self.turnstile.address_of(place_of(context.peer()))
+        return {**self._answers.actions, **self._membership.actions(caller, host)}
+
+    def _stream(self, items: Iterator[Any], caller: str, place: int) -> Iterator[Any]:
+        """`items`, holding a place until the call ends; without credentials each connection is a caller."""
+        return self._places.take(items, caller=caller or str(place), place=place)
 
     def _listing(self, entries: Iterable[CardEntry]) -> list[flight.FlightInfo]:
         """Infos within `MAX_LISTING_BYTES`: the library sends a listing only when it is whole."""
@@ -166,9 +209,24 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
             if size > limits.MAX_LISTING_BYTES:
                 raise flight.FlightServerError(
                     f"a listing ends at {limits.MAX_LISTING_BYTES} bytes of manifests; "
-                    f"give a card's name as criteria, or use the {wire.ACTION_INVENTORY!r} action"
+                    f"give a card's name as criteria, or use the {wire.ACTION_CHANGES!r} action"
                 )
         return infos
+
+
+def _secured(
+    turnstile: Turnstile, registry: Registry, answers: Answers, credentials: Credentials, *, open: bool
+) -> _Handlers:
+    """Handlers behind TLS, which know their callers."""
+    return _Handlers(
+        "grpc+tls",
+        turnstile,
+        registry,
+        answers,
+        doorman=Doorman(PeerBook(registry.database), open=open, own_id=credentials.node_id),
+        auth_handler=Callers(credentials.certificate),
+        tls_certificates=[(pem_of(credentials.certificate), credentials.private_key)],
+    )
 
 
 def _ref_of(descriptor: flight.FlightDescriptor) -> str:
@@ -203,6 +261,10 @@ def _flight_errors() -> Iterator[None]:
         yield
     except flight.FlightError:
         raise
+    except NotApprovedError as error:
+        raise flight.FlightUnauthorizedError(str(error), wire.NOT_APPROVED) from None
+    except BusyError as error:
+        raise flight.FlightUnavailableError(str(error)) from None
     except (UnknownCardError, AmbiguousCardError) as error:
         raise flight.FlightServerError(str(error), wire.NOT_FOUND) from None
     except ArrowMoEError as error:
@@ -210,40 +272,6 @@ def _flight_errors() -> Iterator[None]:
     except Exception:  # noqa: BLE001  # the boundary: what is raised from here is sent with its traceback
         _log.exception("flight_handler_failed")
         raise flight.FlightInternalError("this node failed to answer; its log says why") from None
-
-
-def _cut_connections(port: int) -> int:
-    """Shut down this process's accepted connections on `port`; returns how many.
-
-    gRPC's shutdown waits for every call, and a reader that stalls never ends its own. The library passes no deadline
-    on and cannot cancel a call, so the socket under it goes.
-    """
-    cut = 0
-    for descriptor in [int(path.name) for path in Path("/dev/fd").iterdir()]:
-        cut += _with_socket(descriptor, lambda connection: _cut(connection, port))
-    return cut
-
-
-def _with_socket(descriptor: int, act: Callable[[socket.socket], bool]) -> bool:
-    try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            return False
-        duplicate = os.dup(descriptor)
-    except OSError:  # closed since it was listed
-        return False
-    with socket.socket(fileno=duplicate) as connection:
-        return act(connection)
-
-
-def _cut(connection: socket.socket, port: int) -> bool:
-    try:
-        if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.getsockname()[1] != port:
-            return False
-        connection.getpeername()  # a listening socket has none
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        return False
-    return True
 
 
 __all__ = ["LoRAFlightServer"]

@@ -1,31 +1,63 @@
-"""The sync: compare this node's cards with its peers', fetch what is missing, verify it, and keep it.
+"""The sync: hear what changed at this node's peers, fetch what is missing, verify it, and keep it.
 
-One failing card or peer never stops the others, and nothing that fails goes unreported. A card that several peers hold
-is fetched once; if that fails, from the next of them. Nothing of a card is visible here before all of it is verified.
+What a peer has is kept (`registry.inventories`), so only what changed since is asked for; removals that a peer passes
+on are heeded as they come. One failing card or peer never stops the others, and nothing that fails goes unreported. A
+card that several peers hold is fetched once, in parts from all of them (`federation.transfer`). Nothing of a card is
+visible here before all of it is verified.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Collection, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Protocol, Self, TypeAlias
 
 from federation import diff, limits, wire
+from federation.board import Holder, Source, Wanted
 from federation.client import LoRAFlightClient
+from federation.diff import SyncFilter
 from federation.errors import FederationError, PeerError
 from federation.peer import Peer
+from federation.transfer import CardOutcome, TransferProgress, transfer
 from federation.wire import InventoryEntry
+from registry.card import LoRACard
+from registry.changes import Position
 from registry.digest import Digest
 from registry.entries import CardEntry, Origin
-from registry.errors import ArrowMoEError
+from registry.errors import CardIntegrityError
+from registry.inventories import Inventories, InventorySize
 from registry.logs import get_logger
 from registry.store import Registry
+from registry.tombstones import Tombstone
 
 _log = get_logger(__name__)
 
-SyncMemory = MutableMapping[str, tuple[str, str]]
-"""By node id, this node's and the peer's state when nothing was missing between them."""
+
+class PeerClient(Source, Protocol):
+    """What a sync needs of a peer. All raise `FederationError`."""
+
+    def health(self) -> wire.Health:
+        """Who answers there."""
+
+    def changes(self, known: Position) -> wire.ChangesPage:
+        """What changed since what is `known`, or since 0."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+Connect: TypeAlias = Callable[[Peer, float], PeerClient]
+"""Takes a peer and the seconds that a call may last which moves no tensors."""
+
+
+def connect(peer: Peer, timeout_s: float) -> LoRAFlightClient:
+    """A client of the peer at its address, whoever that is."""
+    return LoRAFlightClient(peer.address, timeout_s=timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +74,17 @@ class SyncProgress:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerReport:
-    """What became of one peer. `error`: why it could not be asked; `failed`: digests it could not give, and why."""
+    """What became of one peer.
+
+    `error`: why it could not be asked. `missing`: what it offers that is wanted and was not here. `removed`: cards that
+    are removed for good, as was heard from it first. `failed`: digests that it could not give or remove, and why.
+    """
 
     peer: Peer
     error: str | None = None
     offered: int = 0
     missing: tuple[InventoryEntry, ...] = ()
+    removed: tuple[Tombstone, ...] = ()
     fetched: tuple[CardEntry, ...] = ()
     failed: tuple[tuple[Digest, str], ...] = ()
     bytes_moved: int = 0
@@ -88,28 +125,25 @@ def sync(
     registry: Registry,
     peers: Sequence[Peer],
     *,
+    wanted: SyncFilter = SyncFilter(),  # noqa: B008  # a frozen value
     dry_run: bool = False,
     on_progress: Callable[[SyncProgress], None] | None = None,
-    only: Collection[str] | None = None,
-    memory: SyncMemory | None = None,
     timeout_s: float = limits.CALL_TIMEOUT_S,
+    connect: Connect = connect,
+    bytes_per_s: float | None = None,
+    cancelled: threading.Event | None = None,
 ) -> SyncReport:
-    """Bring what `peers` have and `registry` lacks: discover → compare → fetch → verify → write → catalog.
+    """Copy the `wanted` cards that `peers` have and this registry lacks.
 
-    `peers` are discovered already. `only`: names, NAME@VERSION or digests. `dry_run` compares and moves nothing.
-    `memory`, kept by the caller between syncs, spares the inventory of a peer where nothing changed on either side.
+    Removals by a card's publisher that a peer passes on take place here too, whatever is wanted. `dry_run` fetches
+    nothing; what was heard is kept even so. `bytes_per_s` and `cancelled`: as `transfer` has them.
     """
     with ExitStack() as stack:
-        links = [
-            _Link(peer, stack.enter_context(LoRAFlightClient(peer.address, timeout_s=timeout_s))) for peer in peers
-        ]
-        have = registry.digests()
-        for link in links:
-            _compare(link, registry, have, only, memory)
+        links = [_Link(peer, stack.enter_context(connect(peer, timeout_s))) for peer in peers]
+        with ThreadPoolExecutor(limits.MAX_PEERS_ASKED, "arrowmoe-sync") as pool:  # one that is silent delays no other
+            _ = [*pool.map(lambda link: _hear(link, registry, wanted), links)]
         if not dry_run:
-            _fetch_all(registry, links, on_progress)
-        if memory is not None:
-            _remember(memory, links, registry, only)
+            _fetch(registry, links, wanted, on_progress, bytes_per_s, cancelled)
     return SyncReport(peers=tuple(link.report() for link in links))
 
 
@@ -118,16 +152,21 @@ class _Link:
     """One peer during one sync."""
 
     peer: Peer
-    client: LoRAFlightClient
+    client: PeerClient
     error: str | None = None
-    state: str = ""
     offered: int = 0
     missing: list[InventoryEntry] = field(default_factory=list)
+    removed: list[Tombstone] = field(default_factory=list)
     fetched: list[CardEntry] = field(default_factory=list)
     failed: list[tuple[Digest, str]] = field(default_factory=list)
     bytes_moved: int = 0
     tensors_verified: int = 0
     seconds: float = 0.0
+
+    @property
+    def origin(self) -> Origin:
+        """What the catalog will say of cards that came from there."""
+        return Origin(peer_id=self.peer.node_id, address=self.peer.address)
 
     def report(self) -> PeerReport:
         return PeerReport(
@@ -135,6 +174,7 @@ class _Link:
             error=self.error,
             offered=self.offered,
             missing=tuple(self.missing),
+            removed=tuple(self.removed),
             fetched=tuple(self.fetched),
             failed=tuple(self.failed),
             bytes_moved=self.bytes_moved,
@@ -143,25 +183,64 @@ class _Link:
         )
 
 
-def _compare(
-    link: _Link, registry: Registry, have: set[Digest], only: Collection[str] | None, memory: SyncMemory | None
-) -> None:
-    """Probe the peer, then ask for its inventory unless the states say that nothing there is new."""
+def _hear(link: _Link, registry: Registry, wanted: SyncFilter) -> None:
+    """Ask the peer who it is and, unless that says that nothing is new, what changed; then see what is missing."""
     started = time.monotonic()
+    inventories = Inventories(registry.database)
     try:
         health = link.client.health()
         link.peer = _identified(link.peer, health, registry.identity.id)
-        link.offered, link.state = health.cards, health.state
-        known = (memory or {}).get(health.node_id)
-        if health.state != wire.state_of(have) and known != (_own_state(registry, have), health.state):
-            inventory = link.client.list_remote_skills()
-            link.offered = len(inventory)
-            refused = registry.refused((entry.digest, entry.publisher) for entry in inventory)
-            link.missing = [entry for entry in diff.missing(inventory, have | refused) if diff.selected(entry, only)]
+        if inventories.position(health.node_id) != health.position:
+            _read_changes(link, registry, inventories)
+        link.offered = inventories.count(health.node_id)
+        link.missing = _missing(registry, inventories.lacking(health.node_id), wanted)
     except FederationError as error:
         link.error = str(error)
         _log.warning("peer_failed", peer=link.peer.address, error=str(error), kind=type(error).__name__)
     link.seconds += time.monotonic() - started
+
+
+def _read_changes(link: _Link, registry: Registry, inventories: Inventories) -> None:
+    """Read the peer's changes page by page. Each is kept as it comes, so that a cut costs one page."""
+    node_id = link.peer.node_id
+    known, size = inventories.position(node_id), inventories.size(node_id)
+    for _ in range(limits.MAX_PAGES):
+        page = link.client.changes(known)
+        _heed(link, registry, page.tombstones)
+        added = {entry.digest: wire.encode_entry(entry) for entry in page.added}
+        size = _grown(size if page.since else InventorySize(), added.values())
+        known = inventories.note(node_id, since=page.since, told=page.position, added=added, gone=page.gone)
+        if known.index_id == page.index_id and known.upto >= page.last:
+            return
+    _log.warning("changes_unfinished", peer=str(link.peer), known=known.upto, hint="the next sync reads on")
+
+
+def _heed(link: _Link, registry: Registry, tombstones: Iterable[Tombstone]) -> None:
+    """Remove here what its publisher removed. Who passes a wrong tombstone on may be deceived as well."""
+    for tombstone in tombstones:
+        try:
+            if registry.apply_tombstone(tombstone, origin=link.origin):
+                link.removed.append(tombstone)
+        except CardIntegrityError as error:
+            link.failed.append((tombstone.digest, str(error)))
+            _log.warning("tombstone_refused", card=tombstone.label, peer=str(link.peer), error=str(error))
+
+
+def _grown(size: InventorySize, added: Collection[str]) -> InventorySize:
+    """The size with the entries `added`. Raises `PeerError` if that is more than is kept of one node."""
+    size = InventorySize(cards=size.cards + len(added), chars=size.chars + sum(map(len, added)))
+    if size.cards > limits.MAX_INVENTORY_ENTRIES or size.chars > limits.MAX_INVENTORY_CHARS:
+        raise PeerError(
+            f"expected an inventory of at most {limits.MAX_INVENTORY_ENTRIES} cards and {limits.MAX_INVENTORY_CHARS} "
+            f"characters, got {size.cards} and {size.chars}, so nothing more is read from this peer"
+        )
+    return size
+
+
+def _missing(registry: Registry, lacking: Iterable[str], wanted: SyncFilter) -> list[InventoryEntry]:
+    entries = [entry for entry in map(wire.decode_entry, lacking) if wanted.wants(entry)]
+    refused = registry.refused((entry.digest, entry.publisher) for entry in entries) if entries else set()
+    return [entry for entry in entries if entry.digest not in refused]
 
 
 def _identified(peer: Peer, health: wire.Health, own_id: str) -> Peer:
@@ -173,97 +252,66 @@ def _identified(peer: Peer, health: wire.Health, own_id: str) -> Peer:
     return replace(peer, node_id=health.node_id, name=health.name)
 
 
-def _fetch_all(registry: Registry, links: Sequence[_Link], on_progress: Callable[[SyncProgress], None] | None) -> None:
-    wanted = diff.missing((entry for link in links for entry in link.missing), ())
-    holders: dict[Digest, list[_Link]] = {}
-    for link in links:
-        for entry in link.missing:
-            holders.setdefault(entry.digest, []).append(link)
-    meter = _Meter(wanted, on_progress)
-    for entry in wanted:
-        for link in holders[entry.digest]:
-            if _fetch(registry, link, entry, meter):
-                break
-        meter.card_ended(entry)
-
-
-def _fetch(registry: Registry, link: _Link, entry: InventoryEntry, meter: _Meter) -> bool:
-    """Fetch, verify and keep one card from one peer; whether that worked."""
+def _fetch(
+    registry: Registry,
+    links: Sequence[_Link],
+    wanted: SyncFilter,
+    on_progress: Callable[[SyncProgress], None] | None,
+    bytes_per_s: float | None,
+    cancelled: threading.Event | None,
+) -> None:
+    """Bring every missing card from all that hold it, and enter what became of it."""
     started = time.monotonic()
-    count = meter.of(link, entry)
-    try:
-        card = link.client.fetch_skill(entry.digest, count)
-        link.tensors_verified += len(card.tensors)
-        origin = Origin(peer_id=link.peer.node_id, address=link.peer.address)
-        link.fetched.append(registry.admit(card, origin=origin))
-    except (ArrowMoEError, OSError) as error:
-        link.failed.append((entry.digest, str(error)))
-        _log.warning("card_failed", card=entry.label, digest=entry.digest, peer=str(link.peer), error=str(error))
-        return False
-    finally:
-        link.seconds += time.monotonic() - started
-    _log.info("card_fetched", card=entry.label, digest=entry.digest, peer=str(link.peer), bytes=card.nbytes)
-    return True
+    of_holder = {Holder(source=link.client, origin=link.origin): link for link in links}
+    offered: dict[Digest, list[Holder]] = {}
+    for holder, link in of_holder.items():
+        for entry in link.missing:
+            offered.setdefault(entry.digest, []).append(holder)
+    outcomes = transfer(
+        registry,
+        [
+            Wanted(digest=entry.digest, label=entry.label, nbytes=entry.nbytes, holders=tuple(offered[entry.digest]))
+            for entry in diff.missing((entry for link in links for entry in link.missing), ())
+        ],
+        check=lambda card, origin: _check_wanted(wanted, card),
+        on_progress=None if on_progress is None else lambda done: on_progress(_progress(of_holder[done.holder], done)),
+        bytes_per_s=bytes_per_s,
+        cancelled=cancelled,
+    )
+    for outcome in outcomes:
+        _enter(of_holder, outcome)
+    seconds = time.monotonic() - started
+    for link in of_holder.values():
+        link.seconds += seconds if link.missing else 0.0
 
 
-class _Meter:
-    """Counts what arrives, for the report and for whoever watches."""
-
-    def __init__(self, wanted: Sequence[InventoryEntry], on_progress: Callable[[SyncProgress], None] | None) -> None:
-        self._on_progress = on_progress
-        self._bytes_total = sum(entry.nbytes for entry in wanted)
-        self._cards_total, self._cards_done = len(wanted), 0
-        self._bytes_before = self._bytes_of_card = 0
-        self._last: tuple[_Link, InventoryEntry] | None = None
-
-    def of(self, link: _Link, entry: InventoryEntry) -> Callable[[int], None]:
-        """The callback for one attempt to fetch `entry` from `link`."""
-        self._bytes_of_card = 0
-        self._last = (link, entry)
-        self._tell()
-
-        def count(arrived: int) -> None:
-            link.bytes_moved += arrived
-            self._bytes_of_card += arrived
-            self._tell()
-
-        return count
-
-    def card_ended(self, entry: InventoryEntry) -> None:
-        """No more of this card will be tried."""
-        self._cards_done += 1
-        self._bytes_before += entry.nbytes
-        self._bytes_of_card = 0
-        self._tell()
-
-    def _tell(self) -> None:
-        if self._on_progress is None or self._last is None:
-            return
-        link, entry = self._last
-        self._on_progress(
-            SyncProgress(
-                peer=link.peer,
-                card=entry.label,
-                bytes_done=self._bytes_before + self._bytes_of_card,
-                bytes_total=self._bytes_total,
-                cards_done=self._cards_done,
-                cards_total=self._cards_total,
-            )
-        )
+def _check_wanted(wanted: SyncFilter, card: LoRACard) -> None:
+    """A peer's entry may have promised another card."""
+    if not wanted.wants(diff.entry_of(card)):
+        raise PeerError(f"expected the card as it was offered, got {card.name}@{card.version}, which is not wanted")
 
 
-def _remember(memory: SyncMemory, links: Sequence[_Link], registry: Registry, only: Collection[str] | None) -> None:
-    """Note the peers of which nothing is missing now; with `only`, nobody knows."""
-    have = registry.digests()
-    own_state = _own_state(registry, have)
-    for link in links:
-        if link.error is None and only is None and not diff.missing(link.missing, have):
-            memory[link.peer.node_id] = (own_state, link.state)
+def _enter(of_holder: Mapping[Holder, _Link], outcome: CardOutcome) -> None:
+    """What became of a card, in the reports of those who gave it, or could not."""
+    for holder, nbytes in outcome.moved.items():
+        of_holder[holder].bytes_moved += nbytes
+    for holder, why in outcome.failures:
+        of_holder[holder].failed.append((outcome.wanted.digest, why))
+    if outcome.entry is not None:
+        giver = of_holder[outcome.giver]
+        giver.fetched.append(outcome.entry)
+        giver.tensors_verified += outcome.tensors_verified
 
 
-def _own_state(registry: Registry, have: set[Digest]) -> str:
-    """Changes with what is wanted here: a card that came back out of hiding is wanted again."""
-    return wire.state_of(have | {card.digest for card in registry.hidden()})
+def _progress(link: _Link, done: TransferProgress) -> SyncProgress:
+    return SyncProgress(
+        peer=link.peer,
+        card=done.card,
+        bytes_done=done.bytes_done,
+        bytes_total=done.bytes_total,
+        cards_done=done.cards_done,
+        cards_total=done.cards_total,
+    )
 
 
-__all__ = ["PeerReport", "SyncMemory", "SyncProgress", "SyncReport", "sync"]
+__all__ = ["Connect", "PeerClient", "PeerReport", "SyncProgress", "SyncReport", "connect", "sync"]

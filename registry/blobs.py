@@ -12,7 +12,7 @@ from typing import Protocol
 from registry.card import LoRACard
 from registry.digest import Digest, hex_of, is_digest
 from registry.errors import CardError, CardIntegrityError, MissingFileError, UnknownCardError
-from registry.files import DRAFT_SUFFIX
+from registry.files import DRAFT_SUFFIX, link_whole
 from registry.format import SUFFIX, LoRAFormat
 from registry.logs import get_logger
 
@@ -26,6 +26,12 @@ class BlobStore(Protocol):
         """Store `card`, durably when this returns; nothing to do if it is there and whole.
 
         Raises `OSError`, or `BlobStoreError` for a store elsewhere.
+        """
+
+    def adopt(self, card: LoRACard, file: Path) -> None:
+        """Store `card`, which lies whole, verified and durable in a `file` of this machine. Raises as `put` does.
+
+        The file stays where it is, and may become the stored one: nobody may write to it any more.
         """
 
     def load(self, digest: Digest, *, verify: bool = False, memory_map: bool = True) -> LoRACard:
@@ -74,6 +80,16 @@ class FileBlobStore:
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         LoRAFormat.save(card, path)
+
+    def adopt(self, card: LoRACard, file: Path) -> None:
+        """Make the file the card's, as another link of it; written anew where the file system has no links."""
+        path = self.path_of(card.digest)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            link_whole(file, path)
+        except OSError as error:
+            _log.warning("link_impossible", path=str(path), reason=str(error))
+            self.put(card)
 
     def load(self, digest: Digest, *, verify: bool = False, memory_map: bool = True) -> LoRACard:
         """Read the card; its tensors are views of the mapped file."""

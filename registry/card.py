@@ -55,7 +55,7 @@ class LoRACard:
         Raises `ManifestError` where fields and tensors do not fit, `CardIntegrityError` for NaN or infinite weights.
         """
         ordered = tuple(sorted(tensors, key=_layout_key))
-        _check_finite(ordered)
+        check_finite(ordered)
         specs = [_spec_of(tensor) for tensor in ordered]
         about.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
         fields = {
@@ -170,7 +170,7 @@ class LoRACard:
         weights = [tensor.name for tensor in statistics if tensor.role is not Role.STATS]
         if weights:
             raise ManifestError(f"expected statistics only, got the weight {weights[0]!r}, so the adapter would change")
-        _check_finite(statistics)
+        check_finite(statistics)
         fields = json.loads(self.manifest_bytes)
         old = zip(self.tensors, fields["tensors"], strict=True)
         rows = [(tensor, row) for tensor, row in old if tensor.role is not Role.STATS]
@@ -223,7 +223,7 @@ def check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
     found = digest_of(tensor.data)
     if found != spec.digest:
         raise CardIntegrityError(f"tensor {spec.name!r} ({spec.role}): expected {spec.digest}, got {found}")
-    _check_finite([tensor])
+    check_finite([tensor])
 
 
 def _layout_key(tensor: Tensor) -> tuple[int, str, str]:
@@ -242,7 +242,8 @@ def _spec_of(tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def _check_finite(tensors: Iterable[Tensor]) -> None:
+def check_finite(tensors: Iterable[Tensor]) -> None:
+    """Raise `CardIntegrityError` for NaN or infinite elements."""
     for tensor in tensors:
         if not tensor.is_finite():
             raise CardIntegrityError(

@@ -1,29 +1,35 @@
 """The catalog: which cards there are, what they go by and where they came from. Rows only, never a file.
 
 Everything a `CardEntry` shows stands in columns, so that listing ten thousand cards opens none. What a name means is
-decided in `registry.labels`; sorting is done here, not in SQL, because databases collate differently.
+decided in `registry.labels`. A card in quarantine (`registry.quarantine`) is listed to who asks for it, and to nobody
+else.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from difflib import get_close_matches
 
-from sqlalchemy import ColumnElement, Select, and_, case, delete, exists, func, or_, select
+from sqlalchemy import Select, case, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from registry import history
+from registry import history, listing, quarantine
 from registry.card import LoRACard
 from registry.changes import Changes, Kind
 from registry.database import Database
 from registry.digest import Digest, is_digest
-from registry.entries import CardEntry, HiddenCard, Origin
-from registry.errors import AmbiguousCardError, CardIntegrityError, LabelTakenError, UnknownCardError
-from registry.labels import Label, VersionKey, newest, newest_first, next_version, version_key
-from registry.tables import CardRow, EpochRow, LabelRow, OriginRow, PublisherRow, TagRow
+from registry.entries import CardEntry, HiddenCard, Holding, Origin
+from registry.errors import (
+    AmbiguousCardError,
+    CardIntegrityError,
+    LabelTakenError,
+    QuarantinedCardError,
+    UnknownCardError,
+)
+from registry.labels import newest, next_version, version_key
+from registry.tables import CardRow, LabelRow, OriginRow, PublisherRow, TagRow
 from registry.tombstones import Tombstone
 
 _DIGEST_PREFIX = re.compile(r"(?:blake3:)?([0-9a-f]{8,64})", re.IGNORECASE)
@@ -32,23 +38,6 @@ _PAGE = 1000
 
 Entries = list[CardEntry]  # within the class `list` is its method
 HiddenCards = list[HiddenCard]
-_LISTED = (
-    CardRow.digest,
-    CardRow.name,
-    CardRow.version,
-    CardRow.base_name,
-    CardRow.architecture,
-    CardRow.fingerprint,
-    CardRow.rank,
-    CardRow.nbytes,
-    CardRow.description,
-    CardRow.domains,
-    CardRow.examples,
-    CardRow.publisher,
-    CardRow.epoch,
-    CardRow.created,
-    CardRow.added_at,
-)
 
 
 class Catalog:
@@ -65,52 +54,94 @@ class Catalog:
         origin: Origin | None = None,
         exclusive: bool = False,
         newest: bool = False,
+        quarantine_for: str | None = None,
     ) -> CardEntry:
         """Enter a card with the label of its manifest; of a card that is known, only new tags are added.
 
-        A card without `origin` comes by the owner's hand, so it may have been hidden. Raises `RemovedCardError`, and
-        `LabelTakenError` where the label is to be `exclusive` and means another card, or the card is to be the
-        `newest` of its publisher and name and another was published meanwhile.
+        A card without `origin` comes by the owner's hand, so it may have been hidden, or in quarantine. Raises
+        `RemovedCardError`, and `LabelTakenError` where the label is to be `exclusive` and means another card, or the
+        card is to be the `newest` of its publisher and name and another was published meanwhile. With
+        `quarantine_for`, a reason, a new card goes into quarantine.
         """
+        by_hand = origin is None
         with self._database.writing() as session:
-            if session.get(CardRow, card.digest) is None:
-                _check(session, card, by_hand=origin is None, exclusive=exclusive, newest=newest)
-                _insert(session, card, origin)
+            if _is_new(session, card.digest, by_hand=by_hand):
+                _check(session, card, by_hand=by_hand, exclusive=exclusive, newest=newest)
+                row = session.get(CardRow, card.digest) or _insert(session, card, origin)
+                if quarantine_for is None:
+                    quarantine.lift(session, card.digest)
+                    _activate(session, row)
+                else:
+                    quarantine.put(session, card.digest, quarantine_for)
             _add_tags(session, card.digest, tags)
             return _entry(session, card.digest)
+
+    def admit(self, ref: str) -> CardEntry:
+        """Let the card behind `ref` out of quarantine; one that is not there stays as it is."""
+        with self._database.writing() as session:
+            digest = _resolve(session, ref, quarantined=True)
+            row = session.get(CardRow, digest)
+            if row is not None and quarantine.lift(session, digest):
+                _activate(session, row)
+            return _entry(session, digest)
 
     def check(self, card: LoRACard, *, by_hand: bool, exclusive: bool, newest: bool) -> None:
         """Raise what `add` would raise."""
         with self._database.reading() as session:
-            if session.get(CardRow, card.digest) is None:
+            if _is_new(session, card.digest, by_hand=by_hand):
                 _check(session, card, by_hand=by_hand, exclusive=exclusive, newest=newest)
 
     def holds(self, digest: Digest) -> bool:
-        """Whether the card is in the catalog."""
+        """Whether the card is in the catalog, be it in quarantine or not."""
         with self._database.reading() as session:
             return session.scalar(select(CardRow.digest).where(CardRow.digest == digest)) is not None
 
-    def digests(self) -> set[Digest]:
-        """All cards in the catalog."""
+    def is_admitted(self, digest: Digest) -> bool:
+        """Whether the card is in the catalog and not in quarantine."""
         with self._database.reading() as session:
-            return set(map(Digest, session.scalars(select(CardRow.digest))))
+            which = select(CardRow.digest).where(CardRow.digest == digest, quarantine.is_admitted())
+            return session.scalar(which) is not None
 
-    def resolve(self, ref: str) -> Digest:
+    def digests(self, *, quarantined: bool = False) -> set[Digest]:
+        """All cards in the catalog; with `quarantined`, those in quarantine too."""
+        with self._database.reading() as session:
+            return set(map(Digest, session.scalars(_all(quarantined=quarantined))))
+
+    def resolve(self, ref: str, *, quarantined: bool = False) -> Digest:
         """The digest that a name, name@version, digest or prefix of one means.
 
-        Raises `UnknownCardError` or `AmbiguousCardError`.
+        Raises `UnknownCardError` or `AmbiguousCardError`; unless `quarantined`, `QuarantinedCardError` for a card in
+        quarantine.
         """
         with self._database.reading() as session:
-            return _resolve(session, ref)
+            return _resolve(session, ref, quarantined=quarantined)
 
-    def entry(self, ref: str) -> CardEntry:
+    def entry(self, ref: str, *, quarantined: bool = False) -> CardEntry:
         """The card behind `ref`. Raises as `resolve` does."""
         with self._database.reading() as session:
-            return _entry(session, _resolve(session, ref))
+            return _entry(session, _resolve(session, ref, quarantined=quarantined))
 
-    def list(self, *, name: str | None = None, base: str | None = None, tag: str | None = None) -> Entries:
-        """Entries by name, the newest version first. `base` is a base model's name, architecture or fingerprint."""
-        query = select(CardRow.digest)
+    def held_from(self, peer_id: str) -> Holding:
+        """How much came from the peer and is still here."""
+        count = select(func.count(), func.coalesce(func.sum(CardRow.nbytes), 0)).select_from(CardRow)
+        query = count.join(OriginRow, OriginRow.digest == CardRow.digest).where(OriginRow.peer_id == peer_id)
+        with self._database.reading() as session:
+            cards, nbytes = session.execute(query).one()
+            return Holding(cards=cards, nbytes=int(nbytes))
+
+    def list(
+        self,
+        *,
+        name: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        quarantined: bool = False,
+    ) -> Entries:
+        """Entries by name, the newest version first. `base` is a base model's name, architecture or fingerprint.
+
+        With `quarantined`, those in quarantine too.
+        """
+        query = _all(quarantined=quarantined)
         if name is not None:
             labelled = select(LabelRow.digest).where(LabelRow.name == name)
             query = query.where(or_(CardRow.name == name, CardRow.digest.in_(labelled)))
@@ -120,19 +151,19 @@ class Catalog:
         if tag is not None:
             query = query.where(CardRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
         with self._database.reading() as session:
-            return _in_order(_entries(session, query))
+            return listing.in_order(listing.entries(session, query))
 
     def search(self, text: str) -> Entries:
         """Entries that hold words of `text` in name, description, domains, examples or tags; most words first."""
         words = [*dict.fromkeys(text.casefold().split())][:_MAX_WORDS]
         if not words:
             return []
-        matches = [_holds_word(word) for word in words]
+        matches = [listing.holds_word(word) for word in words]
         score = sum((case((match, 1), else_=0) for match in matches[1:]), case((matches[0], 1), else_=0))
         with self._database.reading() as session:
             rows = session.execute(select(CardRow.digest, score).where(or_(*matches))).all()
             scores: dict[str, int] = dict(map(tuple, rows))
-            found = _in_order(_entries(session, select(CardRow.digest).where(or_(*matches))))
+            found = listing.in_order(listing.entries(session, _all().where(or_(*matches))))
         return sorted(found, key=lambda entry: -scores.get(entry.digest, 0))
 
     def next_version(self, name: str) -> str:
@@ -179,6 +210,12 @@ class Catalog:
                 session.flush()
             return history.bury(session, tombstone)
 
+    def entries(self, digests: Iterable[Digest]) -> Entries:
+        """Those of the cards that are here and not in quarantine, in no stated order."""
+        which = select(CardRow.digest).where(CardRow.digest.in_(tuple(digests)), quarantine.is_admitted())
+        with self._database.reading() as session:
+            return listing.entries(session, which)
+
     def changes(self, since: int = 0, limit: int = _PAGE) -> Changes:
         """At most `limit` changes after number `since`, in order; the latest of each card. Raises `ValueError`."""
         if since < 0 or limit < 1:
@@ -187,9 +224,14 @@ class Catalog:
             return history.page(session, since, limit)
 
     def refused(self, offered: Iterable[tuple[Digest, str | None]]) -> set[Digest]:
-        """Those of the `offered` cards (digest, publisher) that were removed, here or by that publisher."""
+        """Those of the `offered` cards (digest, publisher) that need not come.
+
+        They were removed, here or by that publisher, or lie in quarantine.
+        """
+        offered = tuple(offered)
         with self._database.reading() as session:
-            return history.refused(session, offered)
+            held = quarantine.digests(session)
+            return history.refused(session, offered) | {digest for digest, _ in offered if digest in held}
 
     def hidden(self) -> HiddenCards:
         """Cards that the owner removed here, though others may go on."""
@@ -209,22 +251,41 @@ class Catalog:
             return history.next_epoch(session, publisher, name)
 
 
-def _insert(session: Session, card: LoRACard, origin: Origin | None) -> None:
+def _all(*, quarantined: bool = False) -> Select[str]:
+    """The digests of all cards, or of all that are not in quarantine."""
+    query = select(CardRow.digest)
+    return query if quarantined else query.where(quarantine.is_admitted())
+
+
+def _is_new(session: Session, digest: Digest, *, by_hand: bool) -> bool:
+    """Whether the card is not here yet, or is in quarantine, from which only the owner takes it."""
+    return session.get(CardRow, digest) is None or (by_hand and quarantine.holds(session, digest))
+
+
+def _insert(session: Session, card: LoRACard, origin: Origin | None) -> CardRow:
+    """The card's row and where it came from; it goes by no label yet."""
     now = datetime.now(UTC)
     signature = card.signature
     if signature is not None and session.get(PublisherRow, signature.publisher) is None:
         session.add(PublisherRow(fingerprint=signature.publisher, public_key=signature.public_key, first_seen=now))
         session.flush()
-    session.add(_row_of(card, now))
+    row = _row_of(card, now)
+    session.add(row)
     session.flush()  # no relationships are mapped, so the order of inserts is ours to keep
-    if not history.is_superseded(session, card):
-        session.add(LabelRow(name=card.name, version=card.version, digest=card.digest))
-    if card.manifest.publisher is not None:
-        history.advance(session, card.manifest.publisher, card.name, card.version, card.manifest.epoch)
     if origin is not None:
         session.add(OriginRow(digest=card.digest, peer_id=origin.peer_id, address=origin.address))
-    history.show(session, card.digest)
-    history.record(session, card.digest, card.manifest.publisher, Kind.ADDED)
+    return row
+
+
+def _activate(session: Session, row: CardRow) -> None:
+    """Give the card its label, unless a later one of its publisher has it, and let others know of the card."""
+    digest = Digest(row.digest)
+    if not history.is_superseded(session, row.publisher, row.name, row.version, row.epoch):
+        session.add(LabelRow(name=row.name, version=row.version, digest=digest))
+    if row.publisher is not None:
+        history.advance(session, row.publisher, row.name, row.version, row.epoch)
+    history.show(session, digest)
+    history.record(session, digest, row.publisher, Kind.ADDED)
 
 
 def _row_of(card: LoRACard, added_at: datetime) -> CardRow:
@@ -287,7 +348,8 @@ def _check_label_free(session: Session, card: LoRACard) -> None:
             f"{card.name}@{card.version} already means {other}, so {card.digest} cannot be published under it",
             hint=f"publish it as version {_next_version(session, card.name)}",
         )
-    if history.is_superseded(session, card):
+    manifest = card.manifest
+    if history.is_superseded(session, manifest.publisher, manifest.name, manifest.version, manifest.epoch):
         raise LabelTakenError(
             f"{card.manifest.publisher} has published {card.name}@{card.version} anew, so {card.digest}, which was "
             "signed before, cannot be published under it",
@@ -305,36 +367,39 @@ def _add_tags(session: Session, digest: Digest, tags: Iterable[str]) -> None:
     session.flush()
 
 
-def _resolve(session: Session, ref: str) -> Digest:
+def _resolve(session: Session, ref: str, *, quarantined: bool = False) -> Digest:
     name, _, version = ref.partition("@")
     query = select(LabelRow).where(LabelRow.name == name)
-    best = newest(_labels(session, query.where(LabelRow.version == version) if "@" in ref else query))
+    best = newest(listing.labels(session, query.where(LabelRow.version == version) if "@" in ref else query))
     if best is not None:
         return best.digest
-    return _by_prefix(session, ref)
+    found = _by_prefix(session, ref)
+    if found is not None:
+        return found
+    held = quarantine.meant(session, ref)
+    if held is None:
+        raise _unknown(session, ref)
+    if not quarantined:
+        raise QuarantinedCardError(
+            f"the card {ref[:200]} ({held}) is in quarantine, so it cannot be used",
+            hint=f"`arrowmoe skills show {held}` says why, `arrowmoe skills admit {held}` lets it in",
+        )
+    return held
 
 
-def _labels(session: Session, which: Select[LabelRow]) -> Iterable[Label]:
-    columns = (LabelRow.name, LabelRow.version, LabelRow.digest, CardRow.created)
-    query = which.join(CardRow, CardRow.digest == LabelRow.digest).with_only_columns(*columns)
-    for name, version, digest, created in session.execute(query):
-        yield Label(name=name, version=version, digest=Digest(digest), created=created)
-
-
-def _by_prefix(session: Session, ref: str) -> Digest:
+def _by_prefix(session: Session, ref: str) -> Digest | None:
+    """The card whose digest `ref` is, or begins with; None if there is none. Raises `AmbiguousCardError`."""
     prefix = _DIGEST_PREFIX.fullmatch(ref)
     if prefix is None:
-        raise _unknown(session, ref)
+        return None
     start = f"blake3:{prefix[1].lower()}"
     which = CardRow.digest == start if is_digest(start) else CardRow.digest.startswith(start)
-    found = sorted(session.scalars(select(CardRow.digest).where(which).limit(3)))
-    if not found:
-        raise _unknown(session, ref)
+    found = sorted(session.scalars(_all().where(which).limit(3)))
     if len(found) > 1:
         raise AmbiguousCardError(
             f"{ref} is the start of several digests: {', '.join(found)}", hint="give more digits, or the name"
         )
-    return Digest(found[0])
+    return Digest(found[0]) if found else None
 
 
 def _unknown(session: Session, ref: str) -> UnknownCardError:
@@ -350,68 +415,7 @@ def _unknown(session: Session, ref: str) -> UnknownCardError:
 
 
 def _entry(session: Session, digest: str) -> CardEntry:
-    found = _entries(session, select(CardRow.digest).where(CardRow.digest == digest))
+    found = listing.entries(session, select(CardRow.digest).where(CardRow.digest == digest))
     if not found:
         raise UnknownCardError(f"no card is known as {digest!r}", hint="another process may have removed it")
     return found[0]
-
-
-def _entries(session: Session, which: Select[str]) -> list[CardEntry]:
-    """The entries of the digests that `which` selects: one query for each table, none for each card."""
-    tags, labels = _tags_of(session, which), _labels_of(session, which)
-    query = select(*_LISTED, EpochRow.epoch, OriginRow.peer_id, OriginRow.address).where(CardRow.digest.in_(which))
-    query = query.outerjoin(OriginRow, OriginRow.digest == CardRow.digest).outerjoin(EpochRow, _SAME_LABEL)
-    entries = []
-    for *columns, seen, peer_id, address in session.execute(query):
-        fields = dict(zip(_FIELDS, columns, strict=True))
-        fields["domains"], fields["examples"] = tuple(fields["domains"]), tuple(fields["examples"])
-        digest = fields["digest"]
-        origin = None if peer_id is None else Origin(peer_id=peer_id, address=address)
-        entries.append(
-            CardEntry(
-                **fields,
-                tags=tags.get(digest, ()),
-                labels=labels.get(digest, ()),
-                origin=origin,
-                superseded=seen is not None and fields["epoch"] < seen,
-            )
-        )
-    return entries
-
-
-_SAME_LABEL = and_(
-    EpochRow.publisher == CardRow.publisher, EpochRow.name == CardRow.name, EpochRow.version == CardRow.version
-)
-_FIELDS = tuple(column.key for column in _LISTED)
-
-
-def _tags_of(session: Session, which: Select[str]) -> dict[str, tuple[str, ...]]:
-    tags: dict[str, list[str]] = defaultdict(list)
-    for digest, tag in session.execute(select(TagRow.digest, TagRow.tag).where(TagRow.digest.in_(which))):
-        tags[digest].append(tag)
-    return {digest: tuple(sorted(own)) for digest, own in tags.items()}
-
-
-def _labels_of(session: Session, which: Select[str]) -> dict[str, tuple[str, ...]]:
-    labels: dict[str, list[Label]] = defaultdict(list)
-    for label in _labels(session, select(LabelRow).where(LabelRow.digest.in_(which))):
-        labels[label.digest].append(label)
-    return {
-        digest: tuple(map(str, sorted(newest_first(own), key=lambda label: label.name)))
-        for digest, own in labels.items()
-    }
-
-
-def _in_order(entries: Iterable[CardEntry]) -> list[CardEntry]:
-    """By name; within a name the newest version first, and of one version what was published anew last."""
-    newest = sorted(entries, key=_recency, reverse=True)
-    return sorted(newest, key=lambda entry: entry.name)
-
-
-def _recency(entry: CardEntry) -> tuple[VersionKey, bool, datetime, str]:
-    return (version_key(entry.version), not entry.superseded, entry.created, entry.digest)
-
-
-def _holds_word(word: str) -> ColumnElement[bool]:
-    tagged = exists().where(TagRow.digest == CardRow.digest, func.lower(TagRow.tag).contains(word, autoescape=True))
-    return or_(CardRow.search_text.contains(word, autoescape=True), tagged)

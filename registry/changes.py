@@ -7,7 +7,6 @@ where the numbers went back (a catalog restored from a copy), what was known is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -59,40 +58,11 @@ class Changes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inventory:
-    """What is known of another catalog: its cards as of change `upto` under `index_id`."""
+class Position:
+    """Up to which change a catalog is known: number `upto` under `index_id`; by default nothing of it is."""
 
     index_id: str | None = None
     upto: int = 0
-    digests: frozenset[Digest] = frozenset()
 
 
-def merged(known: Inventory, page: Changes) -> Inventory:
-    """What is known after `page`, the latest that was asked for, since `known.upto` or before.
-
-    If `upto` is 0 afterwards though `page.last` is not, what was known is worth nothing: ask again, since 0. Raises
-    `ValueError` for a page that begins later than what is known ends.
-    """
-    if page.index_id != known.index_id or page.last < known.upto:
-        known = Inventory(index_id=page.index_id)
-        if page.since > 0:
-            return known
-    if page.since > known.upto:
-        raise ValueError(f"expected changes since {known.upto} or before, got those since {page.since}")
-    news = [change for change in page.entries if change.sequence > known.upto]
-    return Inventory(
-        index_id=page.index_id, upto=max(known.upto, page.upto), digests=frozenset(_after(known.digests, news))
-    )
-
-
-def _after(digests: Iterable[Digest], news: Iterable[Change]) -> set[Digest]:
-    there = set(digests)
-    for change in news:
-        if change.kind is Kind.ADDED:
-            there.add(change.digest)
-        else:
-            there.discard(change.digest)
-    return there
-
-
-__all__ = ["Change", "Changes", "Inventory", "Kind", "merged"]
+__all__ = ["Change", "Changes", "Kind", "Position"]

@@ -43,6 +43,16 @@ class CardEntry:
     """None: published or imported here."""
     superseded: bool
     """Whether its publisher has published this name and version anew, so that the label cannot mean this card."""
+    quarantined: str | None = None
+    """Why it is in quarantine, where it is neither used nor passed on; None: it is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding:
+    """How much there is of something: cards, and the bytes of all their tensors."""
+
+    cards: int
+    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

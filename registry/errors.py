@@ -12,10 +12,15 @@ ArrowMoEError
 │   └── UnsupportedAdapterError   a PEFT adapter holds something that a card cannot
 └── RegistryError
     ├── UnknownCardError      no card under that name, label or digest
+    │   └── QuarantinedCardError  it is here, in quarantine, so it cannot be used
     ├── AmbiguousCardError    a digest prefix fits several cards
     ├── LabelTakenError       name and version already mean another card
     ├── MissingFileError      the catalog lists a card whose file is not there
     ├── RemovedCardError      the card was removed, by its publisher for good or by this node's owner
+    ├── UnknownPeerError      no node is known under that id
+    ├── InvitationError       a join token that is none, or not any more
+    ├── BusyDraftError        another transfer is bringing that card just now
+    ├── NoSpaceError          the disk has no room for a card
     ├── BlobStoreError        the store of the cards' files cannot be reached, or refuses
     └── HomeError             the home directory cannot be used
 """
@@ -63,6 +68,10 @@ class UnknownCardError(RegistryError):
     """No card is known under that reference."""
 
 
+class QuarantinedCardError(UnknownCardError):
+    """The card is in quarantine, so it cannot be used until it is admitted."""
+
+
 class AmbiguousCardError(RegistryError):
     """A reference fits more than one card."""
 
@@ -77,6 +86,22 @@ class MissingFileError(RegistryError):
 
 class RemovedCardError(RegistryError):
     """The card was removed, by its publisher for good or by this node's owner."""
+
+
+class UnknownPeerError(RegistryError):
+    """No node is known under that id."""
+
+
+class InvitationError(RegistryError):
+    """The join token is none, has expired, or was used by another node."""
+
+
+class BusyDraftError(RegistryError):
+    """Another transfer is bringing that card just now."""
+
+
+class NoSpaceError(RegistryError):
+    """The disk has no room for a card."""
 
 
 class BlobStoreError(RegistryError):

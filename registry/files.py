@@ -52,6 +52,25 @@ def opened_regular(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def link_whole(file: Path, path: Path) -> None:
+    """Let the whole and flushed `file` appear at `path` too, durably; what was there is replaced. Raises `OSError`."""
+    draft = path.parent / f".{secrets.token_hex(8)}{DRAFT_SUFFIX}"
+    draft.hardlink_to(file)
+    try:
+        os.replace(draft, path)  # noqa: PTH105
+    finally:
+        draft.unlink(missing_ok=True)  # a rename of one link of a file to another does nothing
+    _flush_directory(path.parent)
+
+
+def is_still_at(path: Path, descriptor: int) -> bool:
+    """Whether the file that is open as `descriptor` is the one at `path`, which may have been unlinked meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _flush_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,7 @@ from registry.manifest import FORMAT_VERSION, Manifest, TensorSpec
 from registry.tensor import Tensor
 
 SUFFIX = ".lora.arrow"
+Row = TypeVar("Row", Tensor, TensorSpec)
 MAX_BATCH_BYTES = 4 << 20
 
 SCHEMA = pa.schema(
@@ -89,22 +91,39 @@ def card_schema(card: LoRACard) -> pa.Schema:
 
 
 def card_batches(card: LoRACard) -> Iterator[pa.RecordBatch]:
-    """The card's tensors, in order, in batches of at most 4 MiB unless one tensor alone is larger.
+    """The card's tensors, in order, in the batches of `batch_rows`; one that has its batch for itself is not copied."""
+    for tensors in batch_rows(card.tensors):
+        data = tensors[0].data if len(tensors) == 1 else b"".join(tensor.data for tensor in tensors)
+        yield batch_of(tensors, pa.py_buffer(data))
 
-    A tensor that has its batch for itself is not copied.
-    """
-    group: list[Tensor] = []
+
+def batch_rows(tensors: Iterable[Row]) -> Iterator[list[Row]]:
+    """The tensors, in order, as they share batches: of at most 4 MiB, unless one tensor alone is larger."""
+    group: list[Row] = []
     total_bytes = data_bytes = 0
-    for tensor in card.tensors:
+    for tensor in tensors:
         row_bytes = tensor.nbytes + len(tensor.name.encode()) + _ROW_OVERHEAD_BYTES
         too_large = total_bytes + row_bytes > MAX_BATCH_BYTES - _BATCH_OVERHEAD_BYTES
         if group and (too_large or data_bytes % tensor.dtype.itemsize):
-            yield _batch(group)
+            yield group
             group, total_bytes, data_bytes = [], 0, 0
         group.append(tensor)
         total_bytes, data_bytes = total_bytes + row_bytes, data_bytes + tensor.nbytes
     if group:
-        yield _batch(group)
+        yield group
+
+
+def batch_of(tensors: Sequence[Row], data: pa.Buffer) -> pa.RecordBatch:
+    """One batch of `tensors`, whose bytes follow one another in `data`."""
+    ends = np.cumsum([0, *(tensor.nbytes for tensor in tensors)], dtype=np.int64)
+    columns = [
+        pa.array([tensor.name for tensor in tensors], pa.string()),
+        pa.array([str(tensor.role) for tensor in tensors], pa.string()),
+        pa.array([str(tensor.dtype) for tensor in tensors], pa.string()),
+        pa.array([tensor.shape for tensor in tensors], SCHEMA.field("shape").type),
+        pa.Array.from_buffers(pa.large_binary(), len(tensors), [None, pa.py_buffer(ends), data]),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def card_from_batches(
@@ -132,19 +151,6 @@ def card_from_batches(
     else:
         card.verify_signature()
     return card
-
-
-def _batch(tensors: list[Tensor]) -> pa.RecordBatch:
-    ends = np.cumsum([0, *(tensor.nbytes for tensor in tensors)], dtype=np.int64)
-    data = tensors[0].data if len(tensors) == 1 else b"".join(tensor.data for tensor in tensors)
-    columns = [
-        pa.array([tensor.name for tensor in tensors], pa.string()),
-        pa.array([str(tensor.role) for tensor in tensors], pa.string()),
-        pa.array([str(tensor.dtype) for tensor in tensors], pa.string()),
-        pa.array([tensor.shape for tensor in tensors], SCHEMA.field("shape").type),
-        pa.Array.from_buffers(pa.large_binary(), len(tensors), [None, pa.py_buffer(ends), pa.py_buffer(data)]),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def _contents(path: Path, memory_map: bool, limits: CardLimits) -> pa.Buffer:
@@ -295,6 +301,8 @@ __all__ = [
     "SUFFIX",
     "CardLimits",
     "LoRAFormat",
+    "batch_of",
+    "batch_rows",
     "card_batches",
     "card_from_batches",
     "card_schema",

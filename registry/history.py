@@ -73,10 +73,10 @@ def next_epoch(session: Session, publisher: str, name: str) -> int:
     return (session.scalar(seen) or 0) + 1
 
 
-def is_superseded(session: Session, card: LoRACard) -> bool:
+def is_superseded(session: Session, publisher: str | None, name: str, version: str, epoch: int) -> bool:
     """Whether a greater epoch of the same publisher, name and version was seen, be that card here or removed."""
-    row = session.get(EpochRow, (card.manifest.publisher, card.name, card.version)) if card.manifest.publisher else None
-    return row is not None and card.manifest.epoch < row.epoch
+    row = session.get(EpochRow, (publisher, name, version)) if publisher else None
+    return row is not None and epoch < row.epoch
 
 
 def advance(session: Session, publisher: str, name: str, version: str, epoch: int) -> None:
@@ -157,7 +157,8 @@ def hide(session: Session, entry: CardEntry) -> None:
             hidden_at=datetime.now(UTC),
         )
     )
-    record(session, entry.digest, entry.publisher, Kind.GONE)
+    if entry.quarantined is None:
+        record(session, entry.digest, entry.publisher, Kind.GONE)
 
 
 def show(session: Session, digest: Digest) -> None:
@@ -187,7 +188,7 @@ def hidden_card(session: Session, ref: str) -> HiddenCard:
     """
     cards = hidden(session)
     found = [card for card in cards if ref in (card.name, f"{card.name}@{card.version}")]
-    found = found or [card for card in cards if _begins(card.digest, ref)]
+    found = found or [card for card in cards if begins(card.digest, ref)]
     if not found:
         names = ", ".join(f"{card.name}@{card.version}" for card in cards[:3])
         raise UnknownCardError(f"no hidden card is known as {ref[:200]!r}", hint=names and f"hidden are {names}")
@@ -197,13 +198,15 @@ def hidden_card(session: Session, ref: str) -> HiddenCard:
     return found[0]
 
 
-def _begins(digest: Digest, ref: str) -> bool:
+def begins(digest: Digest, ref: str) -> bool:
+    """Whether `ref` is 8 hex digits or more that the digest begins with, or all of it."""
     digits = ref.lower().removeprefix("blake3:")
     return len(digits) >= _MIN_DIGITS and digest.removeprefix("blake3:").startswith(digits)
 
 
 __all__ = [
     "advance",
+    "begins",
     "bury",
     "check_welcome",
     "hidden",

@@ -18,6 +18,19 @@ KEY_FILE = "identity.key"
 _SEED_BYTES = 32
 _SIGNATURE_SIZES = (32, 64)
 _FINGERPRINT_HEX = 32
+_PRIME = 2**255 - 19
+_SMALL_ORDER = frozenset(
+    {
+        0,
+        1,
+        _PRIME - 1,
+        0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826,
+        0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7,
+    }
+)
+"""The y of the eight points of Curve25519 whose order divides 8. OpenSSL takes them for keys, and with such a key a
+signature of zeros fits one message in four or more (RFC 8032, 5.1.7; Chalkias et al. 2020, "Taming the many EdDSAs").
+"""
 
 
 def fingerprint_of(public_key: bytes) -> str:
@@ -53,14 +66,22 @@ class Signature:
         """Fingerprint of the key that signed."""
         return fingerprint_of(self.public_key)
 
-    def check(self, message: bytes) -> None:
-        """Raise `CardIntegrityError` unless this signs `message`."""
+    def signs(self, message: bytes) -> bool:
+        """Whether this is the key's signature of `message`; never for a key of small order, for which anyone signs."""
+        if int.from_bytes(self.public_key, "little") % (1 << 255) % _PRIME in _SMALL_ORDER:
+            return False
         try:
             Ed25519PublicKey.from_public_bytes(self.public_key).verify(self.value, message)
-        except (InvalidSignature, ValueError) as error:
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+    def check(self, message: bytes) -> None:
+        """Raise `CardIntegrityError` unless this signs `message`."""
+        if not self.signs(message):
             raise CardIntegrityError(
                 f"the signature of publisher {self.publisher} does not fit the manifest, so the card was changed"
-            ) from error
+            )
 
 
 class Identity:

@@ -8,13 +8,13 @@ registry is then cheap: nearly always there is no such file.
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from registry.digest import Digest, hex_of, is_digest
+from registry.files import is_still_at
 
 _SUFFIX = ".pending"
 
@@ -73,15 +73,7 @@ class Pending:
                 except BlockingIOError:
                     yield None
                     return
-                if _is_still(file, path):
+                if is_still_at(path, file.fileno()):
                     file.seek(0)
                     yield file
                     return
-
-
-def _is_still(file: IO[str], path: Path) -> bool:
-    """Whether the file that is locked is the one at `path`: its last owner may have unlinked it meanwhile."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False

@@ -85,6 +85,12 @@ class RemoteBlobStore:
             self._cache.put(card)
             self._upload(card.digest)
 
+    def adopt(self, card: LoRACard, file: Path) -> None:
+        """Make the file the cache's, and store it."""
+        with self._locks.looking_at(card.digest):
+            self._cache.adopt(card, file)
+            self._upload(card.digest)
+
     def load(self, digest: Digest, *, verify: bool = False, memory_map: bool = True) -> LoRACard:
         """Read the card from the cache; with `verify` it is fetched anew, for the store's own bytes are meant."""
         if verify or not self._is_cached(digest):

@@ -26,7 +26,8 @@ from registry.catalog import Catalog
 from registry.changes import Changes
 from registry.database import Database, sqlite_url
 from registry.digest import Digest
-from registry.entries import CardEntry, HiddenCard, Origin, VerifyReport
+from registry.drafts import Drafts
+from registry.entries import CardEntry, HiddenCard, Holding, Origin, VerifyReport
 from registry.errors import (
     CardError,
     HomeError,
@@ -46,7 +47,7 @@ from registry.tombstones import Tombstone
 
 __all__ = ["CardEntry", "Origin", "Registry", "VerifyReport"]
 
-_CARDS, _CACHE, _TMP, _CATALOG = "cards", "cache", "tmp", "catalog.sqlite"
+_CARDS, _CACHE, _DRAFTS, _TMP, _CATALOG = "cards", "cache", "drafts", "tmp", "catalog.sqlite"
 _NAME: TypeAdapter[str] = TypeAdapter(CardName)
 _VERSION: TypeAdapter[str] = TypeAdapter(CardVersion)
 
@@ -70,6 +71,7 @@ class Registry:
         self.database = database
         self._catalog = Catalog(database)
         self._pending = Pending(home / _TMP)
+        self.drafts = Drafts(home / _DRAFTS)
         self._heal()
 
     @classmethod
@@ -137,44 +139,90 @@ class Registry:
         self._catalog.check(card, by_hand=True, exclusive=True, newest=False)
         return None
 
-    def admit(self, card: LoRACard, *, origin: Origin, tags: Iterable[str] = ()) -> CardEntry:
+    def admit(
+        self,
+        card: LoRACard,
+        *,
+        origin: Origin,
+        tags: Iterable[str] = (),
+        quarantine_for: str | None = None,
+        draft: Path | None = None,
+    ) -> CardEntry:
         """Store a peer's card, whose tensors were verified as they came, byte for byte as it was signed.
 
+        `draft` is the file in which it lies, if it came by way of `registry.drafts`.
+
         If its label means another card here, both stay; if its publisher has published that label anew, the card
-        comes without it. Raises `CardIntegrityError` for a false signature, and `RemovedCardError` for a card that
-        its publisher removed, or this node's owner.
+        comes without it. With `quarantine_for`, a reason, it goes into quarantine: it is kept, and is neither listed,
+        used nor passed on before `release`. Raises `CardIntegrityError` for a false signature, and
+        `RemovedCardError` for a card that its publisher removed, or this node's owner.
         """
         card.verify_signature()
-        return self._store(card, tags=_checked_tags(tags), origin=origin)
+        return self._store(card, tags=_checked_tags(tags), origin=origin, quarantine_for=quarantine_for, draft=draft)
+
+    def release(self, ref: str) -> CardEntry:
+        """Let the card behind `ref` out of quarantine. Raises `UnknownCardError` or `AmbiguousCardError`."""
+        entry = self._catalog.admit(ref)
+        _log.info("card_released", name=entry.name, version=entry.version, digest=entry.digest)
+        return entry
+
+    def restore(self, card: LoRACard) -> None:
+        """Write the file of a card that is here anew, because it is lost or damaged.
+
+        Raises `CardIntegrityError` if `card` does not hold what its manifest promises, `UnknownCardError` if it is
+        not here.
+        """
+        card.verify()
+        with self._pending.working_on(card.digest):
+            here = self._catalog.holds(card.digest)
+            if here:
+                self._blobs.put(card)
+        if not here:
+            raise UnknownCardError(f"no card is known as {card.digest!r}", hint="it was removed meanwhile")
+        _log.info("card_restored", name=card.name, version=card.version, digest=card.digest)
 
     def import_file(self, path: Path | str, *, tags: Iterable[str] = ()) -> CardEntry:
         """Store the card in a foreign `.lora.arrow` file: read in full, verified, and written anew. Not signed anew.
 
-        If its label means another card here, both stay; a card that was hidden here is so no more. Raises `CardError`,
-        and `RemovedCardError` for a card that its publisher removed.
+        If its label means another card here, both stay; a card that was hidden or in quarantine here is so no more.
+        Raises `CardError`, and `RemovedCardError` for a card that its publisher removed.
         """
         card = LoRAFormat.load(path, memory_map=False, verify=True)
         return self._store(card, tags=_checked_tags(tags))
 
-    def get(self, ref: str, *, verify: bool = False) -> LoRACard:
+    def get(self, ref: str, *, verify: bool = False, quarantined: bool = False) -> LoRACard:
         """The card behind a name, name@version, digest, or unique prefix of one (8 hex digits or more), mapped.
 
         A bare name means its newest version. Raises `UnknownCardError`, `AmbiguousCardError`, `MissingFileError`,
-        or `CardError` for a damaged file; with `verify` every byte is compared with its digest.
+        or `CardError` for a damaged file; with `verify` every byte is compared with its digest. A card in quarantine
+        is unknown (`QuarantinedCardError`) unless `quarantined`.
         """
-        return self._blobs.load(self._catalog.resolve(ref), verify=verify)
+        return self._blobs.load(self._catalog.resolve(ref, quarantined=quarantined), verify=verify)
 
-    def entry(self, ref: str) -> CardEntry:
-        """What the catalog says of the card behind `ref`. Raises `UnknownCardError` or `AmbiguousCardError`."""
-        return self._catalog.entry(ref)
+    def entry(self, ref: str, *, quarantined: bool = False) -> CardEntry:
+        """What the catalog says of the card behind `ref`. Raises `UnknownCardError` or `AmbiguousCardError`.
+
+        A card in quarantine is unknown (`QuarantinedCardError`) unless `quarantined`.
+        """
+        return self._catalog.entry(ref, quarantined=quarantined)
 
     def next_version(self, name: str) -> str:
         """A version of `name` that is free and above all others."""
         return self._catalog.next_version(name)
 
-    def list(self, *, name: str | None = None, base: str | None = None, tag: str | None = None) -> Entries:
-        """Entries by name, newest version first. `base`: a base model's name, architecture or fingerprint."""
-        return self._catalog.list(name=name, base=base, tag=tag)
+    def list(
+        self,
+        *,
+        name: str | None = None,
+        base: str | None = None,
+        tag: str | None = None,
+        quarantined: bool = False,
+    ) -> Entries:
+        """Entries by name, newest version first. `base`: a base model's name, architecture or fingerprint.
+
+        With `quarantined`, those in quarantine too.
+        """
+        return self._catalog.list(name=name, base=base, tag=tag, quarantined=quarantined)
 
     def newest(self) -> Entries:
         """The newest version of each card: of each name, for each base model."""
@@ -206,7 +254,7 @@ class Registry:
         A card that this node published is removed everywhere and for good, by a signed tombstone. Another's is only
         hidden here: no sync fetches it again until it is imported by hand, or `unhide` lets it come.
         """
-        entry = self._catalog.entry(ref)
+        entry = self._catalog.entry(ref, quarantined=True)
         if entry.publisher == self.identity.id:
             if not self._bury(Tombstone.of(entry, self.identity, now=datetime.now(UTC))):
                 raise UnknownCardError(f"no card is known as {ref[:200]!r}", hint="another process has removed it")
@@ -246,8 +294,16 @@ class Registry:
         return self._catalog.unhide(ref)
 
     def refused(self, offered: Iterable[tuple[Digest, str | None]]) -> set[Digest]:
-        """Those of the `offered` cards (digest, publisher) that `admit` would refuse as removed."""
+        """Those of the `offered` cards (digest, publisher) that need not come: removed, or in quarantine here."""
         return self._catalog.refused(offered)
+
+    def held_from(self, peer_id: str) -> Holding:
+        """How much came from the peer and is still here, in quarantine or not."""
+        return self._catalog.held_from(peer_id)
+
+    def entries(self, digests: Iterable[Digest]) -> Entries:
+        """Those of the cards that are here and not in quarantine, in no stated order."""
+        return self._catalog.entries(digests)
 
     def changes(self, since: int = 0, limit: int = 1000) -> Changes:
         """What changed here after number `since`: cards that came, were removed or hidden. See `registry.changes`."""
@@ -256,10 +312,10 @@ class Registry:
     def verify(self, ref: str | None = None) -> Reports:
         """Read every byte of one card, or of all, and of files without rows; what is damaged stays as it is."""
         if ref is not None:
-            digests = {self._catalog.resolve(ref)}
+            digests = {self._catalog.resolve(ref, quarantined=True)}
         else:
             self._heal()
-            digests = self._catalog.digests() | self._blobs.digests()
+            digests = self._catalog.digests(quarantined=True) | self._blobs.digests()
         reports = (self._verify_card(digest) for digest in sorted(digests))
         return [report for report in reports if report is not None]
 
@@ -269,13 +325,13 @@ class Registry:
         self.get(ref, verify=True).to_peft(directory)
         return directory
 
-    def digests(self) -> set[Digest]:
-        """All cards here."""
-        return self._catalog.digests()
+    def digests(self, *, quarantined: bool = False) -> set[Digest]:
+        """All cards here; with `quarantined`, those in quarantine too."""
+        return self._catalog.digests(quarantined=quarantined)
 
     def path_of(self, digest: Digest) -> Path:
-        """The file that holds a card. Raises `UnknownCardError` for a card that is not here."""
-        if not self._catalog.holds(digest):
+        """The file that holds a card. Raises `UnknownCardError` for a card that is not here, or is in quarantine."""
+        if not self._catalog.is_admitted(digest):
             raise UnknownCardError(f"no card is known as {digest[:80]!r}")
         return self._blobs.path_of(digest)
 
@@ -298,22 +354,33 @@ class Registry:
         exclusive: bool = False,
         newest: bool = False,
         verify: bool = False,
+        quarantine_for: str | None = None,
+        draft: Path | None = None,
     ) -> CardEntry:
         """The file first, then the row."""
         if verify:
             card.verify()
-        self._catalog.check(card, by_hand=origin is None, exclusive=exclusive, newest=newest)
+        if draft is None:  # else nothing would be saved: `add` checks too
+            self._catalog.check(card, by_hand=origin is None, exclusive=exclusive, newest=newest)
         refusal: RegistryError | None = None
         with self._pending.working_on(card.digest):
-            self._blobs.put(card)
+            if draft is None:
+                self._blobs.put(card)
+            else:
+                self._blobs.adopt(card, draft)
             try:
-                entry = self._catalog.add(card, tags=tags, origin=origin, exclusive=exclusive, newest=newest)
+                entry = self._catalog.add(
+                    card, tags=tags, origin=origin, exclusive=exclusive, newest=newest, quarantine_for=quarantine_for
+                )
             except (LabelTakenError, RemovedCardError) as error:  # since the check
-                self._blobs.delete(card.digest)
+                if not self._catalog.holds(card.digest):  # it may be in quarantine
+                    self._blobs.delete(card.digest)
                 refusal = error
         if refusal is not None:
             raise refusal
-        _log.info("card_stored", name=card.name, version=card.version, digest=card.digest)
+        _log.info(
+            "card_stored", name=card.name, version=card.version, digest=card.digest, quarantined=entry.quarantined
+        )
         return entry
 
     def _heal(self) -> None:
@@ -326,7 +393,7 @@ class Registry:
     def _verify_card(self, digest: Digest) -> VerifyReport | None:
         """What is wrong with one card; None if it is gone meanwhile."""
         with self._pending.looking_at(digest):
-            entry = self._catalog.entry(digest) if self._catalog.holds(digest) else None
+            entry = self._catalog.entry(digest, quarantined=True) if self._catalog.holds(digest) else None
             if entry is None and not self._blobs.holds(digest):
                 return None
             try:

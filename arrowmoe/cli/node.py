@@ -32,7 +32,7 @@ def start(
     peer: Annotated[list[str] | None, typer.Option(metavar="HOST:PORT", help="A peer; may be repeated.")] = None,
     base: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="A base model; may be repeated.")] = None,
     no_discovery: Annotated[bool, typer.Option("--no-discovery", help="No mDNS, only --peer.")] = False,
-    open: Annotated[bool, typer.Option("--open", help="Serve beyond loopback, without authentication.")] = False,
+    open: Annotated[bool, typer.Option("--open", help="Answer every node that is not blocked.")] = False,
 ) -> None:
     """Run a node until it is stopped: serve this home's cards, watch peers, and answer if it has a base model."""
     invocation = app_of(context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from arrowmoe.cli.output import short, size
 from registry.errors import ArrowMoEError
 
 if TYPE_CHECKING:
+    from federation.peer import Peer
     from registry.store import Registry
 
 app = group()
@@ -72,10 +74,11 @@ def ls(
     ] = None,
     tag: Annotated[str | None, typer.Option(help="Only cards with this tag.")] = None,
 ) -> None:
-    """List cards."""
+    """List cards; those in quarantine are marked."""
     invocation = app_of(context)
     with invocation.registry() as registry:
-        cards = [arrowmoe.views.card(entry) for entry in registry.list(name=name, base=base, tag=tag)]
+        entries = registry.list(name=name, base=base, tag=tag, quarantined=True)
+        cards = [arrowmoe.views.card(entry) for entry in entries]
     asked = name or base or tag
     empty = "no card is like that" if asked else "no cards; `arrowmoe skills import` or `skills sync` brings some"
     _show_cards(invocation, cards, empty)
@@ -95,8 +98,10 @@ def show(context: typer.Context, ref: Ref) -> None:
     """Show one card's description."""
     invocation = app_of(context)
     with invocation.registry() as registry:
-        entry = registry.entry(ref)
-        path, gate = str(registry.path_of(entry.digest)), _gate(invocation, registry, entry.digest)
+        entry = registry.entry(ref, quarantined=True)
+        path, gate = None, None
+        if entry.quarantined is None:
+            path, gate = str(registry.path_of(entry.digest)), _gate(invocation, registry, entry.digest)
     found = arrowmoe.views.card(entry) | {"path": path, "gate": gate}
     invocation.out.result(found, lambda: _show_card(invocation, found), quiet=[found["digest"]])
 
@@ -164,7 +169,7 @@ def rm(
     """Remove a card from this home: for good, if this node published it; else it is hidden here."""
     invocation = app_of(context)
     with invocation.registry() as registry:
-        entry = registry.entry(ref)
+        entry = registry.entry(ref, quarantined=True)
         label = f"{entry.name}@{entry.version} {short(entry.digest)}"
         if not yes and sys.stdin.isatty():
             typer.confirm(f"remove {label}?", abort=True, err=True)
@@ -187,15 +192,34 @@ def unhide(context: typer.Context, ref: Ref) -> None:
 
 
 @app.command()
-def verify(context: typer.Context, ref: Annotated[str | None, typer.Argument(metavar="[CARD]")] = None) -> None:
+def admit(context: typer.Context, ref: Ref) -> None:
+    """Let a card out of quarantine: from now on it is routed to and passed on."""
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        before = registry.entry(ref, quarantined=True)
+        found = arrowmoe.views.card(registry.release(before.digest))
+    label = f"{before.name}@{before.version} {short(before.digest)}"
+    text = f"{label} was not in quarantine" if before.quarantined is None else f"admitted {label}"
+    invocation.out.result(found, lambda: invocation.out.line(text), quiet=[before.digest])
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    ref: Annotated[str | None, typer.Argument(metavar="[CARD]")] = None,
+    heal: Annotated[bool, typer.Option("--heal", help="Fetch damaged cards anew from peers that have them.")] = False,
+) -> None:
     """Read every byte of a card, or of all; exit code 1 if any is damaged."""
     invocation = app_of(context)
     with invocation.registry() as registry:
         reports = [arrowmoe.views.verified(report) for report in registry.verify(ref)]
-    rows = [
-        (f"{one['name'] or '?'}@{one['version'] or '?'}", short(one["digest"]), "ok" if one["ok"] else one["reason"])
-        for one in reports
-    ]
+        damaged = [one for one in reports if not one["ok"] and one["name"] is not None]
+        if heal and damaged:
+            restore = _restorer(invocation, registry)
+            for one in damaged:
+                one["not_healed"] = restore(one["digest"])["error"]
+                one["ok"] = one["not_healed"] is None
+    rows = [(f"{one['name'] or '?'}@{one['version'] or '?'}", short(one["digest"]), _state(one)) for one in reports]
     invocation.out.result(
         reports,
         lambda: invocation.out.table(("card", "digest", "state"), rows, "no cards"),
@@ -203,6 +227,23 @@ def verify(context: typer.Context, ref: Annotated[str | None, typer.Argument(met
     )
     if not all(one["ok"] for one in reports):
         raise typer.Exit(1)
+
+
+def _restorer(invocation: App, registry: Registry) -> Callable[[str], Any]:
+    """Mends the card with a digest: the running node does it, else this command."""
+    record = invocation.node()
+    if record is not None:
+        return lambda digest: control.call(record, "restore", {"digest": digest})
+    restore = arrowmoe.healing.restorer(registry, invocation.settings, _found(invocation, registry))
+    return lambda digest: restore({"digest": digest}, lambda done: None)
+
+
+def _state(one: dict[str, Any]) -> str:
+    if one["reason"] is None:
+        return "ok"
+    if "not_healed" not in one:
+        return str(one["reason"])
+    return f"{one['reason']}; " + ("healed" if one["ok"] else f"not healed: {one['not_healed']}")
 
 
 @app.command()
@@ -245,7 +286,7 @@ def tag(
 def sync(
     context: typer.Context,
     peer: Annotated[list[str] | None, typer.Option(metavar="HOST:PORT", help="A peer; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare, and move nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare, and fetch nothing.")] = False,
 ) -> None:
     """Copy the cards that peers have and this home lacks; exit code 1 if any peer or card failed."""
     invocation = app_of(context)
@@ -267,17 +308,34 @@ def sync(
 
 def _sync_here(invocation: App, addresses: list[str], *, dry_run: bool, on_progress: control.Progress) -> Any:
     """Without a node: the peers named, else those of the settings and of a short look around."""
-    named = addresses or list(invocation.settings.peers)
-    peers = [arrowmoe.Peer.at(address) for address in named]
     with invocation.registry() as registry:
-        if not addresses and invocation.settings.discovery:
-            known = {peer.address for peer in peers}
-            found = arrowmoe.browse(BROWSE_S, node_id=registry.identity.id)
-            peers += [peer for peer in found if peer.address not in known]
+        peers = _peers_here(invocation, registry, addresses)
+        connect = arrowmoe.peering.circle(registry, invocation.settings).connect
         handler = arrowmoe.operations.sync_handler(
-            lambda _, dry_run, on_progress: arrowmoe.sync(registry, peers, dry_run=dry_run, on_progress=on_progress)
+            lambda _, dry_run, on_progress: arrowmoe.sync(
+                registry, peers, dry_run=dry_run, on_progress=on_progress, connect=connect
+            )
         )
         return handler({"dry_run": dry_run}, on_progress)
+
+
+def _peers_here(invocation: App, registry: Registry, addresses: list[str]) -> list[Peer]:
+    """The peers named, else those of the settings and of a short look around."""
+    peers = [arrowmoe.Peer.at(address) for address in addresses or invocation.settings.peers]
+    if addresses:
+        return peers
+    known = {peer.address for peer in peers}
+    return peers + [peer for peer in _found(invocation, registry) if peer.address not in known]
+
+
+def _found(invocation: App, registry: Registry) -> list[Peer]:
+    """The nodes that a short look around finds, if the settings want one."""
+    if not invocation.settings.discovery:
+        return []
+    found: list[Peer] = arrowmoe.browse(
+        BROWSE_S, node_id=registry.identity.id, interfaces=invocation.settings.interfaces
+    )
+    return found
 
 
 def _show_sync(invocation: App, report: dict[str, Any]) -> None:
@@ -292,6 +350,8 @@ def _show_sync(invocation: App, report: dict[str, Any]) -> None:
         out.line(f"{who}: offers {peer['offered']}, {len(peer['missing'])} of them not here")
         for card in peer["missing"] if report["dry_run"] else peer["fetched"]:
             out.line(f"  {card['name']}@{card['version']} {short(card['digest'])} {size(card['nbytes'])}")
+        for card in peer["removed"]:
+            out.line(f"  {card['label']} {short(card['digest'])} was removed by its publisher")
         for failure in peer["failed"]:
             out.line(f"  {short(failure['digest'])} failed: {failure['reason']}")
     if report["dry_run"]:
@@ -328,6 +388,8 @@ def _show_cards(invocation: App, cards: list[dict[str, Any]], empty: str) -> Non
 def _called(card: dict[str, Any]) -> str:
     """What the card goes by in this home: its own name, unless that label was moved to another card."""
     own = f"{card['name']}@{card['version']}"
+    if card["quarantined"] is not None:
+        return f"{own} (quarantine)"
     return own if own in card["labels"] else next(iter(card["labels"]), f"{own} (no label)")
 
 
@@ -338,6 +400,7 @@ def _show_card(invocation: App, card: dict[str, Any]) -> None:
             ("card", f"{card['name']}@{card['version']}"),
             ("digest", card["digest"]),
             ("labels", " ".join(card["labels"])),
+            *([("quarantine", card["quarantined"])] if card["quarantined"] else ()),
             ("description", card["description"]),
             ("domains", ", ".join(card["domains"])),
             ("examples", " | ".join(card["examples"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -255,8 +256,11 @@ def test_a_home_has_one_node(home: Path) -> None:
 
 
 def test_a_start_that_fails_lets_go_of_the_home(home: Path) -> None:
-    with pytest.raises(FederationError, match="loopback"):
-        Node(settings(home, host="0.0.0.0")).start()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(FederationError, match="cannot listen"),
+    ):
+        Node(settings(home, flight_port=taken.getsockname()[1])).start()
     with Node(settings(home)):
         pass
     assert running_node(home) is None
@@ -273,6 +277,6 @@ def test_two_nodes_find_each_other(make_home: Callable[[str], Path]) -> None:
         Node(settings(make_home("one"), discovery=True)) as one,
         Node(settings(make_home("two"), discovery=True)) as two,
     ):
-        eventually(lambda: two.record.node_id in {peer.node_id for peer in one.swarm.known_peers()})
-        eventually(lambda: one.record.node_id in {peer.node_id for peer in two.swarm.known_peers()})
+        eventually(lambda: two.record.node_id in {peer.node_id for peer in one.swarm.company().asked})
+        eventually(lambda: one.record.node_id in {peer.node_id for peer in two.swarm.company().asked})
         assert one.status()["discovery"] == "on"

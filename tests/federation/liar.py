@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pyarrow import flight
 
 from federation import wire
 from registry.card import LoRACard
+from registry.changes import Change, Changes, Kind
 
 NODE_ID = "0123456789abcdef" * 2
+INDEX_ID = "f0e1d2c3b4a59687" * 2
 
 
 class Liar(flight.FlightServerBase):
@@ -23,7 +25,7 @@ class Liar(flight.FlightServerBase):
         self.tensor_bytes: Callable[[], Iterator[Any]] = lambda: part_of(self.card, self.asked[-1])
         self.results: dict[str, Callable[[], Iterator[bytes]]] = {
             wire.ACTION_HEALTH: lambda: iter([wire.encode_health(health())]),
-            wire.ACTION_INVENTORY: lambda: wire.encode_inventory([entry_of(card)]),
+            wire.ACTION_CHANGES: lambda: iter([changes_of([entry_of(card)])]),
             wire.ACTION_MANIFEST: lambda: self.header(),
             wire.ACTION_TENSORS: lambda: self.tensor_bytes(),
         }
@@ -64,8 +66,19 @@ def part_of(card: LoRACard, body: bytes) -> Iterator[bytes]:
 
 
 def health(**changes: Any) -> wire.Health:
-    fields = {"node_id": NODE_ID, "name": "liar", "protocol": wire.PROTOCOL_VERSION, "cards": 1, "state": "some"}
+    fields = {"node_id": NODE_ID, "name": "liar", "protocol": wire.PROTOCOL_VERSION, "index_id": INDEX_ID, "last": 1}
     return wire.Health(**(fields | changes))
+
+
+def changes_of(entries: Iterable[wire.InventoryEntry], *, since: int = 0, last: int = 0) -> bytes:
+    """A page of changes that says a node has `entries` and, unless `last` says otherwise, no more than them."""
+    offered = {entry.digest: entry for entry in entries}
+    changes = [
+        Change(sequence=since + number, digest=digest, kind=Kind.ADDED)
+        for number, digest in enumerate(offered, start=1)
+    ]
+    last = max(last, since + len(changes))
+    return wire.encode_changes(Changes(index_id=INDEX_ID, since=since, last=last, entries=tuple(changes)), offered)
 
 
 def entry_of(card: LoRACard, **changes: Any) -> wire.InventoryEntry:

@@ -1,6 +1,6 @@
 """A node's server in a process of its own: prints one JSON line, serves until its standard input ends.
 
-python -m tests.federation.serve HOME [--announce]
+python -m tests.federation.serve HOME [--announce] [--secured]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+from federation.credentials import Credentials
 from federation.discovery import Discovery
 from federation.server import LoRAFlightServer
 from registry.store import Registry
@@ -19,7 +20,8 @@ def main(home: str, *options: str) -> None:
     with ExitStack() as stack:
         registry = stack.enter_context(Registry.open(Path(home)))
         node_id = registry.identity.id
-        server = stack.enter_context(LoRAFlightServer(registry, node_id=node_id, name="other"))
+        credentials = Credentials.of(registry.identity) if "--secured" in options else None
+        server = stack.enter_context(LoRAFlightServer(registry, node_id=node_id, name="other", credentials=credentials))
         if "--announce" in options:
             stack.enter_context(Discovery(node_id=node_id, name="other", port=server.port))
         print(json.dumps({"port": server.port, "id": node_id}), flush=True)

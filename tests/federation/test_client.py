@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from federation.errors import FederationError, PeerError, PeerUnreachableError, 
 from registry.digest import digest_of
 from registry.identity import Identity
 from registry.manifest import base_fingerprint
-from tests.federation.liar import Liar, entry_of, header, health, tensor_bytes
+from tests.federation.liar import Liar, changes_of, entry_of, header, health, tensor_bytes
 from tests.registry.cards import module_shapes, small_card
 
 
@@ -239,11 +238,23 @@ def measured(address: str, what: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", ["health", "inventory", "card"])
-def test_a_message_of_100_mib_is_refused_and_costs_no_more_than_it_is(liar: Liar, what: str) -> None:
-    liar.results |= dict.fromkeys(liar.results, lambda: iter([os.urandom(100 << 20)]))
+def test_a_message_of_256_mib_is_cut_off_after_a_few(liar: Liar, what: str) -> None:
+    huge = bytes(256 << 20)
+    liar.results |= dict.fromkeys(liar.results, lambda: iter([huge]))
     answer = measured(liar.address, liar.card.digest if what == "card" else what)
     assert answer["error"] == "PeerError", answer
-    assert answer["grown_mib"] < 100 + 64  # gRPC receives it whole before it looks at its own limit
+    assert "more than was asked for" in answer["message"], answer
+    assert answer["grown_mib"] < 32  # gRPC alone would receive it whole before it looks at its own limit
+
+
+def test_a_server_that_never_stops_sending_costs_a_little(liar: Liar) -> None:
+    answers = itertools.repeat(bytes(1 << 20))
+    liar.results[wire.ACTION_HEALTH] = lambda: answers
+    liar.results[wire.ACTION_TENSORS] = lambda: answers
+    for what in ("health", liar.card.digest):
+        answer = measured(liar.address, what)
+        assert answer["error"] == "PeerError", answer
+        assert answer["grown_mib"] < 32, answer
 
 
 def test_a_promise_of_3_gib_takes_no_memory_until_it_is_kept(liar: Liar) -> None:
@@ -264,10 +275,9 @@ def test_a_promise_of_3_gib_takes_no_memory_until_it_is_kept(liar: Liar) -> None
 
 
 def test_a_page_that_is_wrong_everywhere_takes_bounded_memory(liar: Liar) -> None:
-    (page,) = wire.encode_inventory([entry_of(liar.card)])
-    wrong = json.loads(page)
-    wrong["cards"][0]["domains"] = [1] * 500_000
-    liar.results[wire.ACTION_INVENTORY] = lambda: iter([json.dumps(wrong, separators=(",", ":")).encode()])
+    wrong = json.loads(changes_of([entry_of(liar.card)]))
+    wrong["added"][0]["domains"] = [1] * 500_000
+    liar.results[wire.ACTION_CHANGES] = lambda: iter([json.dumps(wrong, separators=(",", ":")).encode()])
     answer = measured(liar.address, "inventory")
     assert answer["error"] == "PeerError", answer
     assert answer["grown_mib"] < 64
@@ -289,12 +299,18 @@ def test_a_compressed_record_batch_is_never_inflated(liar: Liar) -> None:
 
 
 def test_an_endless_inventory_takes_bounded_memory_and_time(liar: Liar) -> None:
-    (page,) = wire.encode_inventory([entry_of(liar.card, examples=("x" * 50_000,))] * 20)
-    liar.results[wire.ACTION_INVENTORY] = lambda: itertools.repeat(page)
+    card, numbers = liar.card, itertools.count()
+
+    def endless() -> Iterator[bytes]:
+        since = json.loads(liar.asked[-1])["since"]
+        entries = [entry_of(card, digest=digest_of(b"%d" % next(numbers)), examples=("x" * 50_000,)) for _ in range(20)]
+        return itertools.repeat(changes_of(entries, since=since, last=1 << 40))
+
+    liar.results[wire.ACTION_CHANGES] = endless
     started = time.monotonic()
     answer = measured(liar.address, "inventory")
     assert answer["error"] == "PeerError", answer
-    assert answer["grown_mib"] < 64
+    assert answer["grown_mib"] < 64 + 64
     assert time.monotonic() - started < 20
 
 

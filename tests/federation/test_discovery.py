@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from zeroconf import ServiceInfo
 
-from federation.discovery import Discovery, _addresses, _announcement, _peer_of, browse
+from federation.discovery import Discovery, _announcement, _peer_of, addresses_of, browse
 from federation.peer import Peer
 from registry.store import Registry
 from tests.federation.conftest import serving
@@ -69,7 +69,7 @@ class TestOnTheLoopback:
                 [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=30, check=True
             )
         found = [entry for entry in ast.literal_eval(said.stdout) if entry[0]["id"] == A]
-        assert found == [({"id": A, "port": "7420", "proto": "1"}, ["127.0.0.1"], 7420)]
+        assert found == [({"id": A, "port": "7420", "proto": "2"}, ["127.0.0.1"], 7420)]
 
     def test_two_nodes_see_each_other_and_a_goodbye(self) -> None:
         with Discovery(node_id=A, name="anna", port=7001) as anna:
@@ -102,7 +102,7 @@ def of(peers: list[Peer], node_id: str) -> list[Peer]:
 
 def test_an_announcement_fits_dns_whatever_the_name() -> None:
     for name in ("", "a.b/c", "Ünïcode " * 40, "-", "x" * 200):
-        info = _announcement(A, name, "127.0.0.1", 1)
+        info = _announcement(A, name, ["127.0.0.1"], 1)
         assert len(info.name.split(".")[0].encode()) <= 63
         assert all(len(key) + 1 + len(value or b"") <= 255 for key, value in info.properties.items())
         assert set(info.decoded_properties) == {"id", "port", "proto"}
@@ -111,10 +111,10 @@ def test_an_announcement_fits_dns_whatever_the_name() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"id": "x"}, {"id": A.upper()}, {"proto": "2"}, {"proto": None}, {"port": "2"}, {"id": "../" + A[3:]}],
+    [{"id": "x"}, {"id": A.upper()}, {"proto": "1"}, {"proto": None}, {"port": "2"}, {"id": "../" + A[3:]}],
 )
 def test_an_announcement_that_is_not_ours_is_ignored(change: dict[str, str | None]) -> None:
-    good = {"id": A, "port": "1", "proto": "1"}
+    good = {"id": A, "port": "1", "proto": "2"}
     kind = "_arrowmoe._tcp.local."
     for properties, expected in ((good, True), (good | change, False)):
         info = ServiceInfo(kind, f"n-{A}.{kind}", port=1, properties=properties, parsed_addresses=["127.0.0.1"])
@@ -122,6 +122,6 @@ def test_an_announcement_that_is_not_ours_is_ignored(change: dict[str, str | Non
 
 
 def test_addresses_to_announce() -> None:
-    assert _addresses("127.0.0.1") == _addresses("localhost") == ["127.0.0.1"]
-    assert _addresses("192.0.2.7") == ["192.0.2.7"]
-    assert not any(address.startswith("127.") for address in _addresses("0.0.0.0"))
+    assert addresses_of("127.0.0.1") == addresses_of("localhost") == ["127.0.0.1"]
+    assert addresses_of("192.0.2.7") == ["192.0.2.7"]
+    assert not any(address.startswith("127.") for address in addresses_of("0.0.0.0"))

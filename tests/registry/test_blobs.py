@@ -22,6 +22,7 @@ from registry.errors import (
     MissingFileError,
     UnknownCardError,
 )
+from registry.format import LoRAFormat
 from registry.remote_blobs import RemoteBlobStore
 from registry.store import Registry
 from tests.registry.cards import small_card
@@ -320,3 +321,27 @@ def test_a_bucket_that_is_not_there_is_named_without_the_key(bucket_url: str, tm
     with pytest.raises(BlobStoreError, match=r"write the blob store s3://me:\*\*\*@absent") as caught:
         blobs.put(small_card())
     assert "hush" not in str(caught.value)
+
+
+def test_a_whole_file_is_adopted(place: Place, tmp_path: Path) -> None:
+    card = small_card("adopted")
+    LoRAFormat.save(card, tmp_path / "whole")
+    place.blobs.adopt(card, tmp_path / "whole")
+    assert place.names() == [relative_path(card.digest)]
+    assert place.read(relative_path(card.digest)) == (tmp_path / "whole").read_bytes()
+    place.blobs.load(card.digest, verify=True)
+    place.blobs.adopt(card, tmp_path / "whole")  # as after a kill
+    assert place.names() == [relative_path(card.digest)]
+
+
+def test_without_links_the_card_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impossible(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    card = small_card("adopted")
+    LoRAFormat.save(card, tmp_path / "whole")
+    monkeypatch.setattr(Path, "hardlink_to", impossible)
+    blobs = FileBlobStore(tmp_path / "cards")
+    blobs.adopt(card, tmp_path / "whole")
+    assert blobs.load(card.digest, verify=True) == card
+    assert (tmp_path / "whole").stat().st_nlink == 1

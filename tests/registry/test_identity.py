@@ -11,6 +11,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from registry.errors import CardIntegrityError, HomeError
 from registry.identity import KEY_FILE, Identity, Signature, fingerprint_of
 
+P = 2**255 - 19
+D = -121665 * pow(121666, -1, P) % P
+ORDER_8 = (
+    0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826,
+    0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7,
+)
+
 # RFC 8032, section 7.1, test 2.
 SEED = bytes.fromhex("4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb")
 PUBLIC = "3d4017c3e843895a92b70aa74d1b7ebc9c982ccf2ec4968cc0cd55f12af4660c"
@@ -87,3 +94,19 @@ def test_a_damaged_key_is_an_error_and_is_not_replaced(tmp_path: Path) -> None:
 def test_the_private_key_is_not_shown() -> None:
     identity = Identity(Ed25519PrivateKey.from_private_bytes(SEED))
     assert SEED.hex() not in repr(identity) + repr(vars(identity))
+
+
+def test_the_points_of_order_8_are_those_whose_double_has_order_4() -> None:
+    """Doubling (x, y) gives y = 0 where x² = -y², and so d y⁴ + 2 y² = 1."""
+    assert all((D * pow(y, 4, P) + 2 * y * y) % P == 1 for y in ORDER_8)
+
+
+@pytest.mark.parametrize("sign", [0, 1 << 255])
+@pytest.mark.parametrize("y", [0, 1, P - 1, P, P + 1, *ORDER_8])
+def test_a_key_of_small_order_signs_nothing(y: int, sign: int) -> None:
+    """With such a key the equation of RFC 8032 holds for R = -k A and S = 0: nobody needs a private key."""
+    key = (y | sign).to_bytes(32, "little")
+    forged = [Signature(public_key=key, value=r.to_bytes(32, "little") + bytes(32)) for r in (0, 1, P - 1, *ORDER_8)]
+    assert not any(each.signs(b"message %d" % number) for each in forged for number in range(64))
+    with pytest.raises(CardIntegrityError):
+        forged[0].check(b"message")

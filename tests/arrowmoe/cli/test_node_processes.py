@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -83,9 +85,50 @@ def test_a_node_with_models_answers_a_command_that_imports_none(home: Path, tiny
         assert node.end(signal.SIGTERM) == 0
 
 
-def test_off_loopback_a_node_wants_to_be_told(home: Path) -> None:
-    refused = command(home, "node", "start", "--host", "0.0.0.0")
-    assert refused.returncode == 1
-    assert "--open" in refused.stderr
-    with node_process(home, "--host", "0.0.0.0", "--open") as node:
-        assert node.ready["address"].startswith("0.0.0.0:")
+def test_three_nodes_become_peers_by_invitations_and_share_a_card(tmp_path: Path) -> None:
+    """Off the loopback, where a stranger is not answered; the last two were never told of each other."""
+    homes = [tmp_path / name for name in ("anna", "bert", "carl")]
+    with ExitStack() as stack:
+        for home in homes:
+            stack.enter_context(node_process(home, "--host", "0.0.0.0", "--name", home.name))
+        anna, bert, carl = homes
+        for guest in (bert, carl):
+            token = command(anna, "peers", "invite", "--quiet").stdout.strip()
+            joined = json.loads(command(guest, "peers", "join", token, "--json").stdout)
+            assert (joined["name"], joined["state"], joined["served"]) == ("anna", "approved", True)
+        again = command(carl, "peers", "join", token.replace("arrowmoe-", "arrowmoe-x"))
+        assert (again.returncode, "join token is damaged" in again.stderr) == (1, True)
+        with Registry.open(bert) as registry:
+            digest = registry.publish(small_card("poet")).digest
+        eventually(lambda: standing(carl).get("bert") == ("approved", True))
+        report = json.loads(command(carl, "skills", "sync", "--json").stdout)
+        assert [card["digest"] for peer in report["peers"] for card in peer["fetched"]] == [digest]
+        node_id = json.loads(command(carl, "node", "id", "--json").stdout)["node_id"]
+        assert command(anna, "peers", "block", node_id).returncode == 0
+        eventually(lambda: standing(bert)["carl"][0] == "pending")
+        assert "has blocked" in command(carl, "peers", "ls", "--json").stdout
+        assert json.loads(command(anna, "peers", "rm", node_id, "--json").stdout)["state"] == "blocked"
+        assert "carl" not in standing(anna)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def standing(home: Path) -> dict[str, tuple[str, bool]]:
+    """What a node thinks of the others, and whether they answer it."""
+    rows = json.loads(command(home, "peers", "ls", "--json").stdout)
+    return {row["name"]: (row["standing"], row["alive"]) for row in rows}
+
+
+def test_without_a_node_peers_are_approved_and_nobody_is_invited(home: Path) -> None:
+    shown = "-".join(["abcd"] * 8)
+    done = json.loads(command(home, "peers", "approve", shown.upper(), "--name", "eve", "--json").stdout)
+    assert (done["node_id"], done["state"], done["fingerprint"]) == ("abcd" * 8, "approved", shown)
+    assert standing(home) == {"eve": ("approved", False)}
+    assert command(home, "peers", "approve", "abcd").returncode == 1
+    assert command(home, "peers", "rm", "0" * 32).returncode == 1
+    assert "no node runs" in command(home, "peers", "invite").stderr

@@ -18,7 +18,7 @@ from tests.registry.cards import small_card
 
 CARD_KEYS = {
     *("digest", "name", "version", "base_name", "architecture", "fingerprint", "rank", "nbytes", "description"),
-    *("domains", "examples", "publisher", "labels", "tags", "created", "added_at", "origin"),
+    *("domains", "examples", "publisher", "labels", "tags", "created", "added_at", "origin", "quarantined"),
 }
 
 
