@@ -22,9 +22,11 @@ from arrowmoe.operations import node_handlers
 from arrowmoe.settings import Settings
 from arrowmoe.signalling import SignalRecorder, signal_store
 from arrowmoe.swarm import Swarm
+from arrowmoe.trust import policy_of
 from evolution.journal import SCHEDULE, Journal
 from federation import care
 from federation.care import Healing
+from federation.peer import is_loopback
 from federation.sync import PeerReport, SyncProgress, SyncReport
 from registry.card import LoRACard
 from registry.digest import Digest
@@ -197,6 +199,7 @@ class Node:
             peers=settings.peers,
             discovery=settings.discovery,
             interfaces=settings.interfaces,
+            policy=policy_of(settings.trust, open=settings.open or is_loopback(settings.host)),
         )
         stack.enter_context(swarm)
         routes = bool(settings.bases)

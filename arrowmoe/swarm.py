@@ -11,8 +11,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Self
 
+from federation.admission import Policy
 from federation.circle import Circle, Company, pending_text
 from federation.discovery import Discovery
+from federation.entrance import Entrance
 from federation.errors import DiscoveryError, FederationError
 from federation.peer import Peer, is_loopback
 from federation.server import LoRAFlightServer
@@ -50,7 +52,8 @@ class Swarm:
     """The federation of one registry, between `start` and `close`.
 
     `peers` are addresses HOST:PORT that are always asked; `discovery` finds more by mDNS on `interfaces`. Off
-    loopback only approved peers are asked and answered, unless `open` says that everyone may read every card.
+    loopback only approved peers are asked and answered, unless `open` says that everyone may read every card. `policy`
+    says which of their cards come in; without one a card of an unknown publisher waits where unknown nodes do.
     """
 
     def __init__(
@@ -64,12 +67,20 @@ class Swarm:
         peers: Sequence[str] = (),
         discovery: bool = True,
         interfaces: Sequence[str] = (),
+        policy: Policy | None = None,
     ) -> None:
         self.discovery_state = "starting" if discovery else "off"
         self.offers: Mapping[Digest, Offer] = {}
         self._registry = registry
         self._static = tuple(Peer.at(address) for address in peers)
-        self.circle = Circle(registry, name=name, open=open or is_loopback(host))
+        is_open = open or is_loopback(host)
+        self.circle = Circle(registry, name=name, open=is_open)
+        self._entrance = Entrance(
+            registry,
+            policy or Policy(unknown_publishers="accept" if is_open else "quarantine"),
+            publishers=self.circle.approved,
+        )
+        self._reviewed: frozenset[str] = frozenset()
         self._server = LoRAFlightServer(
             registry,
             node_id=registry.identity.id,
@@ -152,12 +163,21 @@ class Swarm:
     ) -> SyncReport:
         """Copy what `peers` (addresses; None: all known) offer and is not here."""
         chosen = self.company().asked if peers is None else [Peer.at(address) for address in peers]
-        return sync(self._registry, chosen, dry_run=dry_run, on_progress=on_progress, connect=self.circle.connect)
+        self._review()
+        return sync(
+            self._registry,
+            chosen,
+            dry_run=dry_run,
+            on_progress=on_progress,
+            connect=self.circle.connect,
+            entrance=self._entrance,
+        )
 
     def look(self) -> SyncReport:
         """Ask every known peer what it offers, and remember it in `offers`; introducers, whom they approved."""
         with self._looking:
             self.circle.follow()
+            self._review()
             company = self.company()
             report = sync(
                 self._registry, company.asked, dry_run=True, timeout_s=PROBE_TIMEOUT_S, connect=self.circle.connect
@@ -171,6 +191,13 @@ class Swarm:
             self._statistics = {digest: known[digest] for digest in self.offers if known.get(digest) is not None}
         waiting = (PeerReport(peer=peer, error=pending_text(peer.node_id)) for peer in company.waiting)
         return replace(report, peers=(*report.peers, *waiting))
+
+    def _review(self) -> None:
+        """Judge the cards in quarantine anew if other publishers are known than before."""
+        approved = frozenset(self.circle.approved())
+        if approved != self._reviewed:
+            self._entrance.review()
+            self._reviewed = approved
 
     def statistics(self, digest: Digest) -> Statistics | None:
         """The statistics of an offered card, fetched without its weights and remembered while it is offered.
@@ -195,7 +222,12 @@ class Swarm:
         with self.circle.connect(offer.peer) as client:
             peer_id = client.proven().node_id
             card = client.fetch_skill(Digest(digest))
-        self._registry.admit(card, origin=Origin(peer_id=peer_id, address=offer.source))
+        entry = self._entrance.admit(card, origin=Origin(peer_id=peer_id, address=offer.source))
+        if entry.quarantined is not None:
+            raise FederationError(
+                f"card {card.name} from {offer.source} is in quarantine: {entry.quarantined}",
+                hint=f"`arrowmoe skills admit {card.name}` lets it in",
+            )
         log.info("virtual_candidate_fetched", card=card.name, digest=digest, peer=offer.source)
         return card
 

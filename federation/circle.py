@@ -40,6 +40,10 @@ class Circle:
         self._sightings = Sightings()
         self._name, self._open = name, open
 
+    def approved(self) -> set[str]:
+        """The ids of the nodes approved now."""
+        return {peer.node_id for peer in self.book.peers() if peer.state is PeerState.APPROVED}
+
     def connect(self, peer: Peer, timeout_s: float = limits.CALL_TIMEOUT_S) -> LoRAFlightClient:
         """A client of the peer, which must be the node that `peer` names, if it names one."""
         return LoRAFlightClient(

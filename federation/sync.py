@@ -20,6 +20,7 @@ from federation import diff, limits, wire
 from federation.board import Holder, Source, Wanted
 from federation.client import LoRAFlightClient
 from federation.diff import SyncFilter
+from federation.entrance import Entrance
 from federation.errors import FederationError, PeerError
 from federation.peer import Peer
 from federation.transfer import CardOutcome, TransferProgress, transfer
@@ -130,20 +131,22 @@ def sync(
     on_progress: Callable[[SyncProgress], None] | None = None,
     timeout_s: float = limits.CALL_TIMEOUT_S,
     connect: Connect = connect,
+    entrance: Entrance | None = None,
     bytes_per_s: float | None = None,
     cancelled: threading.Event | None = None,
 ) -> SyncReport:
     """Copy the `wanted` cards that `peers` have and this registry lacks.
 
     Removals by a card's publisher that a peer passes on take place here too, whatever is wanted. `dry_run` fetches
-    nothing; what was heard is kept even so. `bytes_per_s` and `cancelled`: as `transfer` has them.
+    nothing; what was heard is kept even so. `entrance` decides what comes in, and what waits in quarantine; without one
+    everything is let in. `bytes_per_s` and `cancelled`: as `transfer` has them.
     """
     with ExitStack() as stack:
         links = [_Link(peer, stack.enter_context(connect(peer, timeout_s))) for peer in peers]
         with ThreadPoolExecutor(limits.MAX_PEERS_ASKED, "arrowmoe-sync") as pool:  # one that is silent delays no other
             _ = [*pool.map(lambda link: _hear(link, registry, wanted), links)]
         if not dry_run:
-            _fetch(registry, links, wanted, on_progress, bytes_per_s, cancelled)
+            _fetch(registry, links, wanted, on_progress, entrance, bytes_per_s, cancelled)
     return SyncReport(peers=tuple(link.report() for link in links))
 
 
@@ -257,6 +260,7 @@ def _fetch(
     links: Sequence[_Link],
     wanted: SyncFilter,
     on_progress: Callable[[SyncProgress], None] | None,
+    entrance: Entrance | None,
     bytes_per_s: float | None,
     cancelled: threading.Event | None,
 ) -> None:
@@ -273,7 +277,8 @@ def _fetch(
             Wanted(digest=entry.digest, label=entry.label, nbytes=entry.nbytes, holders=tuple(offered[entry.digest]))
             for entry in diff.missing((entry for link in links for entry in link.missing), ())
         ],
-        check=lambda card, origin: _check_wanted(wanted, card),
+        check=lambda card, origin: _check(card, origin, wanted, entrance),
+        keep=None if entrance is None else entrance.keep,
         on_progress=None if on_progress is None else lambda done: on_progress(_progress(of_holder[done.holder], done)),
         bytes_per_s=bytes_per_s,
         cancelled=cancelled,
@@ -285,10 +290,12 @@ def _fetch(
         link.seconds += seconds if link.missing else 0.0
 
 
-def _check_wanted(wanted: SyncFilter, card: LoRACard) -> None:
-    """A peer's entry may have promised another card."""
+def _check(card: LoRACard, origin: Origin, wanted: SyncFilter, entrance: Entrance | None) -> None:
+    """Whether the card may come: a peer's entry may have promised another one, and the owner may not want it."""
     if not wanted.wants(diff.entry_of(card)):
         raise PeerError(f"expected the card as it was offered, got {card.name}@{card.version}, which is not wanted")
+    if entrance is not None:
+        entrance.check(card, origin)
 
 
 def _enter(of_holder: Mapping[Holder, _Link], outcome: CardOutcome) -> None:

@@ -13,6 +13,7 @@ import pytest
 from arrowmoe.features import TextFeaturizer
 from arrowmoe.routing import LoRARouter, Policy
 from arrowmoe.swarm import Swarm
+from federation.admission import Policy as AdmissionPolicy
 from federation.client import LoRAFlightClient
 from federation.errors import FederationError
 from registry.digest import Digest
@@ -64,6 +65,22 @@ def test_a_virtual_candidate_is_fetched_whole(registries: tuple[Registry, Regist
     assert here.entry("one").origin.peer_id == far.identity.id
     with pytest.raises(FederationError, match="no peer offers"):
         swarm.fetch("blake3:" + "0" * 64)
+
+
+def test_a_strangers_card_waits_until_its_publisher_is_approved(registries: tuple[Registry, Registry]) -> None:
+    here, far = registries
+    entry = far.publish(small_card("one"))
+    policy = AdmissionPolicy(unknown_publishers="quarantine")
+    with (
+        Swarm(far, name="far", discovery=False) as other,
+        Swarm(here, name="here", discovery=False, peers=[other.address], policy=policy) as swarm,
+    ):
+        assert swarm.sync().ok
+        assert here.digests() == set()
+        assert here.entry(entry.digest, quarantined=True).quarantined
+        swarm.circle.book.approve(far.identity.id)
+        swarm.look()
+    assert here.digests() == {entry.digest}
 
 
 @pytest.fixture
