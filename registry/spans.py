@@ -26,6 +26,8 @@ class Spans:
 
     def remove(self, start: int, end: int) -> None:
         """Take [start, end) out."""
+        if start >= end:
+            return
         kept = [*self._outside(start, end)]
         self._starts, self._ends = [start for start, _ in kept], [end for _, end in kept]
 
