@@ -243,7 +243,7 @@ def _grown(size: InventorySize, added: Collection[str]) -> InventorySize:
 def _missing(registry: Registry, lacking: Iterable[str], wanted: SyncFilter) -> list[InventoryEntry]:
     entries = [entry for entry in map(wire.decode_entry, lacking) if wanted.wants(entry)]
     refused = registry.refused((entry.digest, entry.publisher) for entry in entries) if entries else set()
-    return [entry for entry in entries if entry.digest not in refused]
+    return sorted((entry for entry in entries if entry.digest not in refused), key=lambda entry: entry.label)
 
 
 def _identified(peer: Peer, health: wire.Health, own_id: str) -> Peer:
