@@ -149,7 +149,7 @@ _NAMES_OF_MODULE = {
 }
 _LAZY_MODULES = frozenset(
     {
-        *("healing", "inference", "operations", "peer_checks", "peering", "training", "views"),
+        *("healing", "inference", "operations", "peer_checks", "peering", "pushing", "training", "views"),
         *("evolution_commands", "evolution_view", "signal_view", "signalling"),
         *("router_commands", "router_training", "router_trials", "router_view"),
     }

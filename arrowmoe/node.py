@@ -7,6 +7,7 @@ and answers as well. One thread watches the peers: what they offer and is not he
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import arrowmoe
 from arrowmoe.control import ControlServer
+from arrowmoe.following import Follower, bytes_per_s_of, wanted_of
 from arrowmoe.home import NodeError, NodeRecord, home_lock, make_home, now
 from arrowmoe.inference import Inference
 from arrowmoe.operations import node_handlers
@@ -26,7 +28,8 @@ from arrowmoe.trust import policy_of
 from evolution.journal import SCHEDULE, Journal
 from federation import care
 from federation.care import Healing
-from federation.peer import is_loopback
+from federation.diff import SyncFilter
+from federation.peer import Peer, is_loopback
 from federation.sync import PeerReport, SyncProgress, SyncReport
 from registry.card import LoRACard
 from registry.digest import Digest
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from arrowmoe.routing import Gates
 
 END_TIMEOUT_S = 10.0
+JITTER = 0.2
+"""Share by which the pauses between looks differ, so that nodes that start together do not ask together."""
 log = get_logger(__name__)
 _Part = TypeVar("_Part")
 
@@ -58,6 +63,7 @@ class Node:
         self._inference: Inference | None = None
         self._swarm: Swarm | None = None
         self._evolution: Evolution | None = None
+        self._follower = Follower(self.sync, wanted_of(settings.sync))
         self._lock = threading.RLock()
         self._started_s = 0.0
 
@@ -134,17 +140,21 @@ class Node:
 
     def peers(self) -> tuple[PeerReport, ...]:
         """Every known peer, asked just now what it offers; one that does not answer has an `error`."""
-        return self._look().peers
+        return self._look(everyone=True).peers
 
     def sync(
         self,
-        peers: Sequence[str] | None = None,
+        peers: Sequence[str | Peer] | None = None,
         *,
+        wanted: SyncFilter = SyncFilter(),  # noqa: B008  # a frozen value
         dry_run: bool = False,
         on_progress: Callable[[SyncProgress], None] | None = None,
+        cancelled: threading.Event | None = None,
     ) -> SyncReport:
-        """Copy what `peers` (addresses; None: all known) offer and is not here."""
-        report = self.swarm.sync(peers, dry_run=dry_run, on_progress=on_progress)
+        """Copy what of the `wanted` cards `peers` (or addresses; None: all known) offer and is not here."""
+        report = self.swarm.sync(
+            peers, wanted=wanted, dry_run=dry_run, on_progress=on_progress, cancelled=cancelled or self._stopping
+        )
         self.inference.refresh()
         return report
 
@@ -200,6 +210,8 @@ class Node:
             discovery=settings.discovery,
             interfaces=settings.interfaces,
             policy=policy_of(settings.trust, open=settings.open or is_loopback(settings.host)),
+            bytes_per_s=bytes_per_s_of(settings.sync),
+            push_from=settings.trust.push_from,
         )
         stack.enter_context(swarm)
         routes = bool(settings.bases)
@@ -215,6 +227,9 @@ class Node:
         control = stack.enter_context(ControlServer(node_handlers(self)))
         if routes:
             stack.enter_context(_background("load", self._load))
+        if settings.sync.auto:
+            stack.enter_context(_background("follow", self._follower.run))
+            stack.callback(self._follower.end)
         stack.enter_context(_background("watch", self._watch))
         if settings.scrub_mib_per_s:
             stack.enter_context(_background("scrub", self._scrub))
@@ -237,9 +252,9 @@ class Node:
         self.watch_nights()
 
     def _watch(self) -> None:
-        """Announce the node, look at the peers at once and then at the interval, until the node ends."""
+        """Announce the node, look at the peers at once and then about at the interval, until the node ends."""
         self.swarm.announce()
-        work: Callable[[], object] = self.sync if self.settings.sync_on_start else self._look
+        work = self._sync_first if self.settings.sync_on_start else self._look_around
         while not self._stopping.is_set():
             try:
                 work()
@@ -247,8 +262,8 @@ class Node:
                 log.warning("peers_not_watched", error=str(error), kind=type(error).__name__)
             except Exception:  # a bug in one round must not end the watching
                 log.exception("peers_not_watched")
-            work = self._look
-            self._stopping.wait(self.settings.peer_interval_s)
+            work = self._look_around
+            self._stopping.wait(self.settings.peer_interval_s * random.uniform(1 - JITTER, 1 + JITTER))
 
     def _scrub(self) -> None:
         """Read every card again and again, slowly, and mend what is damaged."""
@@ -259,9 +274,17 @@ class Node:
         swarm = self.swarm
         return care.from_peers(lambda: swarm.company().asked, swarm.circle.connect)(digest)
 
-    def _look(self) -> SyncReport:
-        """Ask every known peer what it offers; what is not here becomes a virtual candidate."""
-        report = self.swarm.look()
+    def _sync_first(self) -> None:
+        self.sync(wanted=wanted_of(self.settings.sync))
+
+    def _look_around(self) -> None:
+        report = self._look(everyone=False)
+        if self.settings.sync.auto:
+            self._follower.heard(report)
+
+    def _look(self, *, everyone: bool) -> SyncReport:
+        """Ask known peers what they offer; what is not here becomes a virtual candidate."""
+        report = self.swarm.look(everyone=everyone)
         self.inference.offers = self.swarm.offers if self.settings.route_to_offers else {}
         self.inference.refresh()
         return report

@@ -15,6 +15,8 @@ from arrowmoe.control import Handler, Progress
 from arrowmoe.inference import Inference
 from arrowmoe.settings import Settings
 from federation.care import Healing
+from federation.diff import SyncFilter
+from federation.peer import parse_id
 from federation.sync import PeerReport, SyncReport
 
 if TYPE_CHECKING:
@@ -48,8 +50,10 @@ class Served(Protocol):
     def peers(self) -> tuple[PeerReport, ...]:
         """Every known peer, asked just now."""
 
-    def sync(self, peers: Any = ..., *, dry_run: bool = ..., on_progress: Any = ...) -> SyncReport:
-        """Copy what peers offer and is not here."""
+    def sync(
+        self, peers: Any = ..., *, wanted: SyncFilter = ..., dry_run: bool = ..., on_progress: Any = ...
+    ) -> SyncReport:
+        """Copy what peers offer, is wanted and is not here."""
 
     def restore(self, digest: str) -> Healing:
         """Mend a lost or damaged card with a peer's copy."""
@@ -87,11 +91,16 @@ def node_handlers(node: Served) -> Mapping[str, Handler]:
 
 
 def sync_handler(run: Callable[..., SyncReport]) -> Handler:
-    """A sync with params `peers` (addresses; None: all known) and `dry_run`."""
+    """A sync with params `peers` (addresses; None: all known), `dry_run` and `wanted` (as `SyncFilter` has it)."""
 
     def handle(params: Params, progress: Progress) -> Any:
         dry_run = bool(params.get("dry_run"))
-        report = run(params.get("peers"), dry_run=dry_run, on_progress=lambda done: progress(views.progress(done)))
+        report = run(
+            params.get("peers"),
+            wanted=_filter(params.get("wanted") or {}),
+            dry_run=dry_run,
+            on_progress=lambda done: progress(views.progress(done)),
+        )
         return views.sync_report(report, dry_run=dry_run)
 
     return handle
@@ -131,6 +140,12 @@ def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
         ]
 
     return {"route": route, "ask": ask, "generate": generate, "encode": encode}
+
+
+def _filter(said: Params) -> SyncFilter:
+    """The filter of a command, whose lists came as JSON. Raises `FederationError` for what is no node id."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    return SyncFilter(**fields | {"publishers": tuple(map(parse_id, fields.get("publishers", ())))})
 
 
 def _opinion(params: Params) -> Opinion | None:

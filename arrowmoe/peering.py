@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
 from arrowmoe import views
+from arrowmoe.following import bytes_per_s_of
 from arrowmoe.home import NodeRecord
 from arrowmoe.settings import Settings
+from arrowmoe.trust import policy_of
 from federation.circle import Circle
 from federation.discovery import addresses_of
+from federation.entrance import Entrance
 from federation.membership import JoinToken
 from federation.peer import Peer, format_address, is_loopback, parse_address, parse_id, shown_id
-from federation.sync import sync
+from federation.sync import SyncReport, sync
+from registry.inventories import Inventories
 from registry.peers import KnownPeer, PeerBook
 from registry.store import Registry
 
@@ -33,6 +37,24 @@ def asked(registry: Registry, settings: Settings) -> list[Json]:
     company = own.company([Peer.at(address) for address in settings.peers], [])
     reports = sync(registry, company.asked, dry_run=True, connect=own.connect).peers
     return [views.peer_seen(report) for report in reports]
+
+
+def sync_here(registry: Registry, settings: Settings, peers: Sequence[Peer]) -> Callable[..., SyncReport]:
+    """A sync with `peers` by this process, which lets in what a node of these settings would."""
+    own = circle(registry, settings)
+    policy = policy_of(settings.trust, open=settings.open or is_loopback(settings.host))
+
+    def run(_: object, **options: Any) -> SyncReport:
+        return sync(
+            registry,
+            peers,
+            connect=own.connect,
+            entrance=Entrance(registry, policy, publishers=own.approved),
+            bytes_per_s=bytes_per_s_of(settings.sync),
+            **options,
+        )
+
+    return run
 
 
 def with_standing(seen: Sequence[Json], registry: Registry) -> list[Json]:
@@ -57,8 +79,10 @@ def block(registry: Registry, node_id: str) -> Json:
 
 
 def remove(registry: Registry, node_id: str) -> Json:
-    """Forget a node."""
-    return _told(PeerBook(registry.database).remove(parse_id(node_id)))
+    """Forget a node, and what it said that it has."""
+    gone = PeerBook(registry.database).remove(parse_id(node_id))
+    Inventories(registry.database).forget(gone.node_id)
+    return _told(gone)
 
 
 def invite(registry: Registry, settings: Settings, record: NodeRecord, *, lasts_s: float) -> Json:
@@ -103,4 +127,4 @@ def _unseen(peer: KnownPeer) -> Json:
     }
 
 
-__all__ = ["approve", "asked", "block", "circle", "invite", "join", "remove", "with_standing"]
+__all__ = ["approve", "asked", "block", "circle", "invite", "join", "remove", "sync_here", "with_standing"]

@@ -6,19 +6,26 @@ Both a node and an engine (`ArrowEngine.start_federation`) hold one. Lifetimes a
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Self
 
+from federation import limits
 from federation.admission import Policy
+from federation.backoff import Backoff
+from federation.board import Holder, Wanted
 from federation.circle import Circle, Company, pending_text
+from federation.diff import SyncFilter
 from federation.discovery import Discovery
 from federation.entrance import Entrance
 from federation.errors import DiscoveryError, FederationError
 from federation.peer import Peer, is_loopback
 from federation.server import LoRAFlightServer
 from federation.sync import PeerReport, SyncProgress, SyncReport, sync
+from federation.transfer import CardOutcome, transfer
+from federation.uploads import Uploads, accepting
 from federation.wire import InventoryEntry
 from registry.card import LoRACard
 from registry.digest import Digest
@@ -37,15 +44,15 @@ Statistics = tuple[RoutingSpec, tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """A card that `peer` offers and this registry lacks: a virtual candidate."""
+    """A card that `peers` offer and this registry lacks: a virtual candidate."""
 
     entry: InventoryEntry
-    peer: Peer
+    peers: tuple[Peer, ...]
 
     @property
     def source(self) -> str:
-        """The peer's address."""
-        return self.peer.address
+        """The first peer's address."""
+        return self.peers[0].address
 
 
 class Swarm:
@@ -54,6 +61,7 @@ class Swarm:
     `peers` are addresses HOST:PORT that are always asked; `discovery` finds more by mDNS on `interfaces`. Off
     loopback only approved peers are asked and answered, unless `open` says that everyone may read every card. `policy`
     says which of their cards come in; without one a card of an unknown publisher waits where unknown nodes do.
+    `bytes_per_s` bounds each transfer of cards. `push_from`: nodes that may push cards here (`uploads.accepting`).
     """
 
     def __init__(
@@ -68,6 +76,8 @@ class Swarm:
         discovery: bool = True,
         interfaces: Sequence[str] = (),
         policy: Policy | None = None,
+        bytes_per_s: float | None = None,
+        push_from: Sequence[str] = (),
     ) -> None:
         self.discovery_state = "starting" if discovery else "off"
         self.offers: Mapping[Digest, Offer] = {}
@@ -89,9 +99,12 @@ class Swarm:
             port=port,
             open=open,
             credentials=self.circle.credentials,
+            uploads=Uploads(registry, self._entrance, accepts=accepting(push_from, self.circle.book)),
         )
         self._announced = (name, host) if discovery else None
         self._interfaces = interfaces
+        self._bytes_per_s = bytes_per_s
+        self._backoff = Backoff(first_s=limits.FIRST_BACKOFF_S, most_s=limits.MAX_BACKOFF_S)
         self._discovery: Discovery | None = None
         self._statistics: dict[Digest, Statistics | None] = {}
         self._looking = threading.Lock()
@@ -99,6 +112,7 @@ class Swarm:
 
     def start(self) -> Self:
         """Serve; `announce` makes it known."""
+        self._stack.enter_context(self.circle)
         self._stack.enter_context(self._server)
         return self
 
@@ -156,41 +170,62 @@ class Swarm:
 
     def sync(
         self,
-        peers: Sequence[str] | None = None,
+        peers: Sequence[str | Peer] | None = None,
         *,
+        wanted: SyncFilter = SyncFilter(),  # noqa: B008  # a frozen value
         dry_run: bool = False,
         on_progress: Callable[[SyncProgress], None] | None = None,
+        cancelled: threading.Event | None = None,
     ) -> SyncReport:
-        """Copy what `peers` (addresses; None: all known) offer and is not here."""
-        chosen = self.company().asked if peers is None else [Peer.at(address) for address in peers]
+        """Copy what of the `wanted` cards `peers` (or addresses; None: all known) offer and is not here."""
+        chosen = self.company().asked if peers is None else [*map(_peer_of, peers)]
         self._review()
         return sync(
             self._registry,
             chosen,
+            wanted=wanted,
             dry_run=dry_run,
             on_progress=on_progress,
             connect=self.circle.connect,
             entrance=self._entrance,
+            bytes_per_s=self._bytes_per_s,
+            cancelled=cancelled,
         )
 
-    def look(self) -> SyncReport:
-        """Ask every known peer what it offers, and remember it in `offers`; introducers, whom they approved."""
+    def look(self, *, everyone: bool = True) -> SyncReport:
+        """Ask every known peer what it offers, and remember it in `offers`; introducers, whom they approved.
+
+        Unless `everyone` is to be asked, those that did not answer are left alone for longer and longer.
+        """
         with self._looking:
+            self._server.cut(self.circle.blocked())
             self.circle.follow()
             self._review()
             company = self.company()
-            report = sync(
-                self._registry, company.asked, dry_run=True, timeout_s=PROBE_TIMEOUT_S, connect=self.circle.connect
-            )
+            asked = company.asked if everyone else self._due(company.asked)
+            report = sync(self._registry, asked, dry_run=True, timeout_s=PROBE_TIMEOUT_S, connect=self.circle.connect)
+            self._note_failures(asked, report)
             self.circle.noted(peer.peer for peer in report.peers if peer.error is None)
             self.circle.greet(company.waiting)
-            self.offers = {
-                entry.digest: Offer(entry=entry, peer=peer.peer) for peer in report.peers for entry in peer.missing
-            }
+            self.offers = _offers(report)
             known = self._statistics.copy()
             self._statistics = {digest: known[digest] for digest in self.offers if known.get(digest) is not None}
         waiting = (PeerReport(peer=peer, error=pending_text(peer.node_id)) for peer in company.waiting)
         return replace(report, peers=(*report.peers, *waiting))
+
+    def _due(self, peers: Sequence[Peer]) -> list[Peer]:
+        """Those that are not left alone for now."""
+        self._backoff.keep_only(frozenset(map(_key, peers)))
+        waiting = self._backoff.waiting(time.monotonic())
+        return [peer for peer in peers if _key(peer) not in waiting]
+
+    def _note_failures(self, asked: Sequence[Peer], report: SyncReport) -> None:
+        for peer, seen in zip(asked, report.peers, strict=True):
+            if seen.error is None:
+                self._backoff.worked(_key(peer))
+            else:
+                wait_s = self._backoff.failed(_key(peer), time.monotonic())
+                log.warning("peer_backed_off", peer=str(peer), wait_s=round(wait_s, 1), error=seen.error)
 
     def _review(self) -> None:
         """Judge the cards in quarantine anew if other publishers are known than before."""
@@ -213,27 +248,51 @@ class Swarm:
         return known[digest]
 
     def fetch(self, digest: str) -> LoRACard:
-        """Bring the card of an offer: fetched, verified, admitted; as it stands if it came here meanwhile."""
+        """Bring the card of an offer from all who have it; as it stands if it came here meanwhile.
+
+        What of it came before a failure is kept for the next time. Raises `FederationError`.
+        """
         if digest in self._registry.digests():
             return self._registry.get(digest)
         offer = self.offers.get(Digest(digest))
         if offer is None:
             raise FederationError(f"no peer offers card {digest} any more", hint="ask again: it is not routed to now")
-        with self.circle.connect(offer.peer) as client:
-            peer_id = client.proven().node_id
-            card = client.fetch_skill(Digest(digest))
-        entry = self._entrance.admit(card, origin=Origin(peer_id=peer_id, address=offer.source))
-        if entry.quarantined is not None:
+        outcome = self._transferred(offer)
+        if outcome.entry is None:
+            reasons = "; ".join(f"{holder.origin.address}: {why}" for holder, why in outcome.failures)
+            raise FederationError(f"card {offer.entry.label} did not come: {reasons}", hint="the next attempt goes on")
+        if outcome.entry.quarantined is not None:
             raise FederationError(
-                f"card {card.name} from {offer.source} is in quarantine: {entry.quarantined}",
-                hint=f"`arrowmoe skills admit {card.name}` lets it in",
+                f"card {offer.entry.label} from {offer.source} is in quarantine: {outcome.entry.quarantined}",
+                hint=f"`arrowmoe skills admit {digest}` lets it in",
             )
-        log.info("virtual_candidate_fetched", card=card.name, digest=digest, peer=offer.source)
-        return card
+        log.info("virtual_candidate_fetched", card=offer.entry.label, digest=digest, peer=str(outcome.giver.origin))
+        return self._registry.get(digest)
+
+    def _transferred(self, offer: Offer) -> CardOutcome:
+        """What became of the card of `offer`, in parts from all its peers."""
+        entry = offer.entry
+        with ExitStack() as stack:
+            holders = [
+                Holder(
+                    source=stack.enter_context(self.circle.connect(peer)),
+                    origin=Origin(peer_id=peer.node_id, address=peer.address),
+                )
+                for peer in offer.peers
+            ]
+            wanted = Wanted(digest=entry.digest, label=entry.label, nbytes=entry.nbytes, holders=tuple(holders))
+            [outcome] = transfer(
+                self._registry,
+                [wanted],
+                check=self._entrance.check,
+                keep=self._entrance.keep,
+                bytes_per_s=self._bytes_per_s,
+            )
+        return outcome
 
     def _statistics_of(self, offer: Offer) -> Statistics | None:
         try:
-            with self.circle.connect(offer.peer, PROBE_TIMEOUT_S) as client:
+            with self.circle.connect(offer.peers[0], PROBE_TIMEOUT_S) as client:
                 manifest, tensors = client.fetch_statistics(offer.entry.digest)
         except FederationError as error:
             log.warning("statistics_not_fetched", digest=offer.entry.digest, peer=offer.source, error=str(error))
@@ -242,6 +301,23 @@ class Swarm:
             log.warning("statistics_not_there", digest=offer.entry.digest, peer=offer.source)
             return None
         return manifest.routing, tensors
+
+
+def _offers(report: SyncReport) -> Mapping[Digest, Offer]:
+    """Each card that is missing, with all who offer it."""
+    peers: dict[Digest, list[Peer]] = {}
+    for peer in report.peers:
+        for entry in peer.missing:
+            peers.setdefault(entry.digest, []).append(peer.peer)
+    return {entry.digest: Offer(entry=entry, peers=tuple(peers[entry.digest])) for entry in report.lacking}
+
+
+def _peer_of(peer: str | Peer) -> Peer:
+    return Peer.at(peer) if isinstance(peer, str) else peer
+
+
+def _key(peer: Peer) -> str:
+    return f"{peer.address} {peer.node_id}"
 
 
 __all__ = ["Offer", "Statistics", "Swarm"]

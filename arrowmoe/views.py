@@ -105,7 +105,19 @@ def sync_report(report: SyncReport, *, dry_run: bool) -> Json:
         "dry_run": dry_run,
         "fetched": len(report.fetched),
         "bytes_moved": report.bytes_moved,
+        "quarantined": [_waiting(entry) for entry in report.fetched if entry.quarantined is not None],
         "peers": [_peer_report(one) for one in report.peers],
+    }
+
+
+def _waiting(entry: CardEntry) -> Json:
+    """A card in quarantine, and what lets it out."""
+    return {
+        "digest": entry.digest,
+        "name": entry.name,
+        "version": entry.version,
+        "reason": entry.quarantined,
+        "hint": f"arrowmoe skills admit {entry.digest}",
     }
 
 

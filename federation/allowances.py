@@ -26,6 +26,7 @@ class Rules:
     caller_bytes: int | None = limits.CALLER_BYTES
     caller_share: float = limits.CALLER_SHARE
     callers_bytes: int = limits.MAX_CALLERS_BYTES
+    upload_window_bytes: int = limits.UPLOAD_WINDOW_BYTES
     idle_s: float = limits.IDLE_S
     stuck_s: float = limits.STUCK_S
     age_s: float = limits.CONNECTION_AGE_S

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from federation import limits, wire
-from federation.card_files import described, one_line, opened, tensor_bytes
+from federation.card_files import described, one_line, opened, small, tensor_bytes
 from registry.changes import Changes, Kind, Position
 from registry.digest import Digest
 from registry.entries import CardEntry
@@ -51,7 +51,8 @@ class Answers:
                 streams=True,
             ),
             wire.ACTION_MANIFEST: Action(
-                description="a card's manifest, and its signature if it has one", answer=self._manifest
+                description="a card's manifest, and its signature if it has one; a small card's tensors too, if wanted",
+                answer=self._manifest,
             ),
             wire.ACTION_TENSORS: Action(
                 description="a card's tensor bytes in the manifest's order, or a part of them",
@@ -86,7 +87,11 @@ class Answers:
         return page
 
     def _manifest(self, body: bytes) -> Iterator[Result]:
-        return iter(described(opened(self._registry, wire.decode_card_request(body).digest)))
+        request = wire.decode_card_request(body)
+        reader = opened(self._registry, request.digest)
+        tensors = small(reader, min(request.nbytes or 0, limits.SMALL_CARD_BYTES))
+        parts = described(reader)
+        return iter([*parts, *([b""] if tensors and len(parts) == 1 else []), *tensors])
 
     def _tensors(self, body: bytes) -> Iterator[Result]:
         request = wire.decode_card_request(body)

@@ -24,7 +24,7 @@ class Source(Protocol):
     """What a transfer needs of a peer; called from several threads at once. Both raise `FederationError`."""
 
     def describe(self, digest: Digest) -> LoRACard:
-        """The card without its tensors: manifest and signature, both checked."""
+        """The card, manifest and signature checked: without its tensors, or a small one with all, verified too."""
 
     def read(self, digest: Digest, offset: int, nbytes: int) -> Generator[memoryview, None, None]:
         """`nbytes` of the card's tensor bytes from `offset` on, in pieces, unverified; closing it ends the call."""

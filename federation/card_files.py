@@ -50,6 +50,14 @@ def tensor_bytes(reader: pa.RecordBatchFileReader, offset: int, nbytes: int) -> 
             return
 
 
+def small(reader: pa.RecordBatchFileReader, nbytes: int) -> list[pa.Buffer]:
+    """All tensor bytes of a card that has no more than `nbytes`; nothing of another."""
+    if not nbytes or reader.num_record_batches != 1:
+        return []
+    data = [*tensor_bytes(reader, 0, nbytes + 1)]
+    return data if sum(part.size for part in data) <= nbytes else []
+
+
 @contextmanager
 def _file_errors() -> Iterator[None]:
     try:
@@ -66,4 +74,4 @@ def one_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:300]
 
 
-__all__ = ["batches", "described", "one_line", "opened", "tensor_bytes"]
+__all__ = ["batches", "described", "one_line", "opened", "small", "tensor_bytes"]

@@ -6,12 +6,15 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Self
 
 from federation import limits
 from federation.client import LoRAFlightClient
 from federation.credentials import Credentials
 from federation.errors import FederationError
 from federation.joining import follow, join
+from federation.line import Line
+from federation.lines import Lines
 from federation.membership import JoinToken
 from federation.peer import Peer, parse_address, shown_id
 from federation.sightings import Sightings
@@ -31,14 +34,25 @@ class Company:
 
 
 class Circle:
-    """What a registry's node is among others. `open`: unknown nodes are asked too, and answered."""
+    """What a registry's node is among others. `open`: unknown nodes are asked too, and answered.
+
+    As a context it keeps connections open from one client to the next; otherwise each client has its own.
+    """
 
     def __init__(self, registry: Registry, *, name: str, open: bool) -> None:
         self.credentials = Credentials.of(registry.identity)
         self.book = PeerBook(registry.database)
         self._invitations = Invitations(registry.database)
         self._sightings = Sightings()
+        self._lines = Lines(self._line)
         self._name, self._open = name, open
+
+    def __enter__(self) -> Self:
+        self._lines.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
 
     def approved(self) -> set[str]:
         """The ids of the nodes approved now."""
@@ -46,17 +60,18 @@ class Circle:
 
     def connect(self, peer: Peer, timeout_s: float = limits.CALL_TIMEOUT_S) -> LoRAFlightClient:
         """A client of the peer, which must be the node that `peer` names, if it names one."""
-        return LoRAFlightClient(
-            peer.address,
-            credentials=self.credentials,
-            node_id=peer.node_id,
-            sightings=self._sightings,
-            timeout_s=timeout_s,
-        )
+        line = self._lines.to(peer)
+        return LoRAFlightClient(peer.address, credentials=self.credentials, timeout_s=timeout_s, line=line)
 
     def company(self, static: Sequence[Peer], found: Sequence[Peer]) -> Company:
         """Whom to ask: those the owner named, `static`, and of the book and of those `found` whom the book approves."""
         return company(static, found, self.book.peers(), open=self._open)
+
+    def blocked(self) -> set[str]:
+        """The ids of the nodes blocked now, to which no connection is kept from here on."""
+        ids = {peer.node_id for peer in self.book.peers() if peer.state is PeerState.BLOCKED}
+        self._lines.drop(lambda peer: peer.node_id in ids)
+        return ids
 
     def greet(self, waiting: Sequence[Peer], *, timeout_s: float = limits.PROBE_TIMEOUT_S) -> None:
         """Call on some of the nodes that wait here for approval, so that their owners see this node wait as well."""
@@ -101,6 +116,15 @@ class Circle:
         """Join the node that made `token`; `port`: where this one serves. Raises as `joining.join` does."""
         own_id = self.credentials.node_id
         return join(token, self.book, self.connect, own_id=own_id, name=self._name, port=port, introducer=introducer)
+
+    def _line(self, peer: Peer) -> Line:
+        return Line(
+            peer.address,
+            credentials=self.credentials,
+            node_id=peer.node_id,
+            sightings=self._sightings,
+            timeout_s=limits.CONNECT_S,
+        )
 
 
 def company(static: Sequence[Peer], found: Sequence[Peer], known: Sequence[KnownPeer], *, open: bool) -> Company:

@@ -9,9 +9,9 @@ What goes wrong is named by `federation.line`.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Self
 
 import numpy as np
@@ -21,13 +21,13 @@ from federation import limits, wire
 from federation.credentials import Credentials
 from federation.errors import IdentityError, PeerError, PeerUnreachableError, TransferError, TransportError
 from federation.line import Line, Proven
+from federation.promise import promised
 from federation.sightings import Sightings
 from registry.card import LoRACard, check_tensor
 from registry.changes import Position
-from registry.digest import Digest, digest_of
+from registry.digest import Digest
 from registry.errors import CardError
-from registry.format import described
-from registry.manifest import FORMAT_VERSION, Manifest, TensorSpec
+from registry.manifest import Manifest, TensorSpec
 from registry.tensor import Role, Tensor
 
 
@@ -37,7 +37,8 @@ class LoRAFlightClient:
     With `credentials` it speaks TLS, proves who this node is, and makes sure that node `node_id` answers (empty:
     whichever does); `sightings`, shared by a node's clients, notice a copied home. Without, it speaks plaintext and
     nobody proves anything: for the loopback, and tests.
-    `timeout_s` bounds every call that moves no tensors; a transfer gets time for its promised bytes on top.
+    `timeout_s` bounds every call that moves no tensors; a transfer gets time for its promised bytes on top. `line` is
+    one that others use too (`federation.lines`), to be given back at the end.
     """
 
     def __init__(
@@ -48,8 +49,11 @@ class LoRAFlightClient:
         node_id: str = "",
         sightings: Sightings | None = None,
         timeout_s: float = limits.CALL_TIMEOUT_S,
+        line: AbstractContextManager[Line] | None = None,
     ) -> None:
-        self._line = Line(address, credentials=credentials, node_id=node_id, sightings=sightings, timeout_s=timeout_s)
+        own = Line(address, credentials=credentials, node_id=node_id, sightings=sightings, timeout_s=timeout_s)
+        self._stack = ExitStack()
+        self._line = self._stack.enter_context(line or closing(own))
         self.address = self._line.address
         self._timeout_s = timeout_s
         self._secured = credentials is not None
@@ -109,9 +113,12 @@ class LoRAFlightClient:
         return replace(card, tensors=tensors)
 
     def describe(self, digest: Digest) -> LoRACard:
-        """The card with `digest` without its tensors: manifest and signature, both checked. Raises as `fetch_skill`."""
+        """The card with `digest`, manifest and signature checked; a small one may have its tensors already, verified.
+
+        Else it has none. Raises as `fetch_skill`.
+        """
         with self._card_errors(digest):
-            return self._without_tensors(digest)
+            return self._described(digest, limits.SMALL_CARD_BYTES)
 
     def read(self, digest: Digest, offset: int, nbytes: int) -> Generator[memoryview, None, None]:
         """`nbytes` of the card's tensor bytes from `offset` on, as they come; nobody has checked them.
@@ -132,14 +139,18 @@ class LoRAFlightClient:
             runs = [self._tensors(request, specs) for request, specs in _statistics_in(manifest, digest)]
         return manifest, tuple(tensor for run in runs for tensor in run)
 
-    def ask(self, action: str, body: bytes = b"") -> Generator[bytes, None, None]:
-        """The results of an action that moves no tensors. Raises `PeerUnreachableError`, `PeerError`."""
-        with closing(self._results(flight.Action(action, body), self._timeout_s, PeerUnreachableError)) as results:
+    def ask(self, action: str, body: bytes = b"", *, more_s: float = 0.0) -> Generator[bytes, None, None]:
+        """The results of an action that fetches no tensors; the peer may take `more_s` longer than `timeout_s`.
+
+        Raises `PeerUnreachableError`, `PeerError`.
+        """
+        timeout_s = self._timeout_s + more_s
+        with closing(self._results(flight.Action(action, body), timeout_s, PeerUnreachableError)) as results:
             yield from map(bytes, results)
 
     def close(self) -> None:
-        """Close the connection."""
-        self._line.close()
+        """Close the connection, unless others use it too."""
+        self._stack.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,24 +160,26 @@ class LoRAFlightClient:
 
     def _without_tensors(self, digest: Digest) -> LoRACard:
         """What is known of the card before its tensors come: manifest and signature, both checked."""
-        metadata = self._metadata(digest)
-        manifest, signature = described(metadata)
-        _check_size(manifest, digest)
-        card = LoRACard(manifest_bytes=metadata[wire.MANIFEST_KEY], manifest=manifest, tensors=(), signature=signature)
-        card.verify_signature()
-        return card
+        return self._described(digest, 0)
 
-    def _metadata(self, digest: Digest) -> dict[bytes, bytes]:
-        """The card's manifest, known to be the one asked for, and its signature, as a card file's metadata has them."""
-        action = flight.Action(wire.ACTION_MANIFEST, wire.encode_card_request(wire.CardRequest(digest=digest)))
-        with closing(self._results(action, self._timeout_s, PeerUnreachableError)) as results:
-            parts = [bytes(part) for part in islice(results, 3)]
-        if not 1 <= len(parts) <= 2:
-            raise PeerError(f"expected the manifest of card {digest} and at most a signature, got {len(parts)} parts")
-        if digest_of(parts[0]) != digest:
-            raise PeerError(f"expected the manifest of card {digest}, got that of {digest_of(parts[0])}")
-        keys = (wire.MANIFEST_KEY, wire.SIGNATURE_KEY)
-        return {wire.FORMAT_KEY: b"%d" % FORMAT_VERSION, **dict(zip(keys, parts, strict=False))}
+    def _described(self, digest: Digest, nbytes: int) -> LoRACard:
+        """The card without its tensors, or with all of them if they are no more than `nbytes` and the peer likes to."""
+        request = wire.CardRequest(digest=digest, nbytes=nbytes)
+        action = flight.Action(wire.ACTION_MANIFEST, wire.encode_card_request(request))
+        room = limits.MAX_MESSAGE_BYTES + nbytes
+        with closing(self._results(action, self._timeout_s, PeerUnreachableError, room)) as results:
+            parts = [bytes(part) for part in islice(results, 2)]
+            more = next(results, None)
+            if not parts:
+                raise PeerError(f"expected the manifest of card {digest}, got nothing")
+            unsigned = len(parts) == 1 or (more is not None and not parts[1])
+            card = promised(digest, parts[0], None if unsigned else parts[1])
+            if more is None:
+                return card
+            if card.nbytes > nbytes:
+                raise PeerError(f"expected the manifest of card {digest} and at most a signature, got more")
+            chunks = _ByteStream(chain([more], results), None)
+            return replace(card, tensors=_received(chunks, card.manifest.tensors))
 
     def _tensors(
         self, request: wire.CardRequest, specs: Sequence[TensorSpec], on_bytes: Callable[[int], None] | None = None
@@ -267,14 +280,6 @@ def _statistics_in(manifest: Manifest, digest: Digest) -> list[tuple[wire.CardRe
             f"expected statistics in at most {limits.MAX_STATISTICS_RUNS} places of card {digest}, got {len(requests)}"
         )
     return requests
-
-
-def _check_size(manifest: Manifest, digest: Digest) -> None:
-    if manifest.tensor_bytes > limits.MAX_CARD_BYTES:
-        raise PeerError(
-            f"expected at most {limits.MAX_CARD_BYTES} bytes of tensors, got {manifest.tensor_bytes} in card {digest}, "
-            "so it is not fetched"
-        )
 
 
 __all__ = ["LoRAFlightClient", "probe"]

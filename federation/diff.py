@@ -15,8 +15,8 @@ from registry.digest import Digest
 class SyncFilter:
     """Which cards are wanted: those that fit every field that is given; by default all.
 
-    A field of several is a choice. `names` and `domains` are patterns (``*``, ``?``, ``[abc]``), of names, labels
-    NAME@VERSION or digests, and of domains.
+    A field of several is a choice. `names` and `domains` are patterns (``*``, ``?``, ``[abc]``), of names or labels
+    NAME@VERSION, and of domains; `names` may also be digests.
     """
 
     names: tuple[str, ...] = ()
@@ -26,11 +26,14 @@ class SyncFilter:
     domains: tuple[str, ...] = ()
     max_bytes: int | None = None
     """Of a card's tensors."""
+    but: frozenset[str] = frozenset()
+    """Digests that are not wanted, whatever else fits."""
 
     def wants(self, entry: InventoryEntry) -> bool:
         """Whether the card of `entry` is wanted, if what the peer says of it is true."""
         return (
-            _fits((entry.name, entry.label, entry.digest), self.names)
+            entry.digest not in self.but
+            and (entry.digest in self.names or _fits((entry.name, entry.label), self.names))
             and _among((entry.base_name, entry.architecture, entry.fingerprint), self.bases)
             and _among((entry.publisher,), self.publishers)
             and _fits(entry.domains, self.domains)

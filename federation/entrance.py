@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +10,9 @@ from pathlib import Path
 from federation import admission
 from federation.admission import Admitted, Known, Policy, Quarantined, Refused, Verdict
 from federation.errors import AdmissionError
+from registry.arrivals import Arrival
 from registry.card import LoRACard
+from registry.digest import Digest
 from registry.entries import CardEntry, Holding, Origin
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
@@ -45,11 +47,27 @@ class Entrance:
 
     def check(self, card: LoRACard, origin: Origin) -> None:
         """Whether fetching the card is of use, as far as its manifest says. Raises `AdmissionError`."""
-        self._quarantine_for(replace(card, tensors=()), origin)
+        self._quarantine_for(replace(card, tensors=()), origin, self._known_of(origin))
 
-    def keep(self, card: LoRACard, origin: Origin, draft: Path) -> CardEntry:
-        """`admit`, as `federation.transfer` calls it."""
-        return self.admit(card, origin=origin, draft=draft)
+    def keep(self, arrivals: Sequence[Arrival]) -> Sequence[CardEntry | ArrowMoEError | OSError]:
+        """`admit` of many cards of peers together, as a transfer calls it: of each its entry, or why not."""
+        kept: dict[Digest, CardEntry | ArrowMoEError | OSError] = {}
+        judged, held = [], dict[str, Holding]()
+        known = self._known(_NOTHING)
+        for arrival in arrivals:
+            card, origin = arrival.card, arrival.origin
+            assert origin is not None
+            before = held.get(origin.peer_id) or self._registry.held_from(origin.peer_id)
+            try:
+                reason = self._reason_for(card, origin, replace(known, held=before))
+            except AdmissionError as error:
+                kept[card.digest] = error
+                continue
+            held[origin.peer_id] = Holding(cards=before.cards + 1, nbytes=before.nbytes + card.nbytes)
+            judged.append(replace(arrival, quarantine_for=reason))
+        entries = self._registry.admit_all(judged) if judged else ()
+        kept.update(zip((arrival.card.digest for arrival in judged), entries, strict=True))
+        return [kept[arrival.card.digest] for arrival in arrivals]
 
     def admit(
         self, card: LoRACard, *, origin: Origin, tags: Iterable[str] = (), draft: Path | None = None
@@ -59,9 +77,7 @@ class Entrance:
         `draft` is the file in which it lies, if it came by one. Raises `AdmissionError` if the policy refuses it, and
         as `Registry.admit` does.
         """
-        reason = self._quarantine_for(card, origin)
-        if reason is not None:
-            _log.warning("card_quarantined", card=card.name, digest=card.digest, peer=str(origin), reason=reason)
+        reason = self._reason_for(card, origin, self._known_of(origin))
         return self._registry.admit(card, origin=origin, tags=tags, quarantine_for=reason, draft=draft)
 
     def review(self) -> list[CardEntry]:
@@ -79,9 +95,16 @@ class Entrance:
         cheap = admission.admit(replace(card, tensors=()), self._policy, known)
         return isinstance(cheap, Admitted) and isinstance(admission.admit(card, self._policy, known), Admitted)
 
-    def _quarantine_for(self, card: LoRACard, origin: Origin) -> str | None:
+    def _reason_for(self, card: LoRACard, origin: Origin, known: Known) -> str | None:
+        """`_quarantine_for`, with a line in the log."""
+        reason = self._quarantine_for(card, origin, known)
+        if reason is not None:
+            _log.warning("card_quarantined", card=card.name, digest=card.digest, peer=str(origin), reason=reason)
+        return reason
+
+    def _quarantine_for(self, card: LoRACard, origin: Origin, known: Known) -> str | None:
         """The reason to keep the card in quarantine; None if there is none. Raises `AdmissionError`."""
-        verdict: Verdict = admission.admit(card, self._policy, self._known(self._registry.held_from(origin.peer_id)))
+        verdict: Verdict = admission.admit(card, self._policy, known)
         match verdict:
             case Refused(reason=reason):
                 raise AdmissionError(
@@ -92,6 +115,9 @@ class Entrance:
                 return reason
             case Admitted():
                 return None
+
+    def _known_of(self, origin: Origin) -> Known:
+        return self._known(self._registry.held_from(origin.peer_id))
 
     def _known(self, held: Holding) -> Known:
         return Known(

@@ -5,7 +5,8 @@ FederationError               the federation cannot do what was asked (of itself
 │   ├── IdentityError         it cannot prove who it is, or is another node than was expected
 │   │   └── CopiedHomeError   two nodes have one identity
 │   ├── ProtocolError         it speaks another version of the protocol
-│   └── NotApprovedError      it does not answer this node: approval is pending there, or this node is blocked
+│   ├── NotApprovedError      it does not answer this node: approval is pending there, or this node is blocked
+│   └── PushRefusedError      it takes no cards from this node, it only fetches
 ├── BusyError                 this node serves as many as it may; later it will serve again
 ├── AdmissionError            this node's policy refuses the card; neither peer nor line is at fault
 ├── TransportError            the line failed: the same peer may be fine in a minute
@@ -43,6 +44,10 @@ class NotApprovedError(PeerError):
     """The peer does not answer this node: its owner has not approved it yet, or has blocked it."""
 
 
+class PushRefusedError(PeerError):
+    """The peer takes no cards from this node; it only fetches what it wants."""
+
+
 class BusyError(FederationError):
     """This node serves as many as it may."""
 
@@ -78,6 +83,7 @@ __all__ = [
     "PeerError",
     "PeerUnreachableError",
     "ProtocolError",
+    "PushRefusedError",
     "TransferError",
     "TransportError",
 ]

@@ -35,7 +35,7 @@ class Gate(flight.ServerMiddlewareFactory):  # type: ignore[misc]  # the library
         match info.method:
             case flight.FlightMethod.DO_PUT:
                 raise flight.FlightUnauthorizedError(
-                    "this node takes no uploads; publish on your own node, peers will fetch"
+                    "this node takes no uploads by do_put; peers fetch, or the action push offers a card"
                 )
             case flight.FlightMethod.DO_EXCHANGE:
                 raise flight.FlightUnauthorizedError(

@@ -93,6 +93,24 @@ MAX_INVENTORY_ENTRIES = 100_000
 MAX_INVENTORY_CHARS = 64 << 20
 """Characters of JSON in which it does."""
 
+MAX_KEPT_LINES = 32
+"""Connections to peers that a node keeps open between calls; each takes a thread and some 8 descriptors."""
+
+LINE_CALLS = 40
+"""Calls on a kept connection after which it is made anew; a small one spends some 160 bytes of `CALLER_BYTES`."""
+
+FIRST_BACKOFF_S = 1.0
+"""Longest pause after a peer did not answer; twice as long after each further failure."""
+
+MAX_BACKOFF_S = 30.0
+"""Longest pause before a peer that does not answer is asked again by itself."""
+
+FIRST_CARD_BACKOFF_S = 10.0
+"""Longest pause before a card that did not come is fetched again by itself; doubles as well."""
+
+MAX_CARD_BACKOFF_S = 3600.0
+"""Longest pause for such a card."""
+
 MAX_PEERS_ASKED = 8
 """Peers that a sync asks at once what changed."""
 
@@ -154,7 +172,25 @@ CONNECTION_AGE_S = 600.0
 """An older connection is closed as soon as it is quiet, so what it may have sent is counted anew."""
 
 CONNECT_S = 5.0
-"""Connecting a caller to what is behind the turnstile."""
+"""Connecting a caller to what is behind the turnstile, and a kept line to its peer."""
+
+UPLOAD_CHUNK_BYTES = 256 << 10
+"""Bytes of a pushed card in one call; the next is sent when this one was taken in."""
+
+UPLOAD_WINDOW_BYTES = UPLOAD_CHUNK_BYTES + (16 << 10)
+"""What a caller that may push may send, beside `CALLER_BYTES`, before the server has taken it in."""
+
+UPLOAD_OVERHEAD = 1 / 64
+"""What it may send on top for each byte of a pushed card: frames and TLS records, 1/450 as gRPC makes them."""
+
+MAX_UPLOADS = 2
+"""Callers that push at once, so that what they have under way stays within `MAX_CALLERS_BYTES`."""
+
+MAX_GAPS_TOLD = 64
+"""Spans of bytes that a server names as missing of a pushed card; the next answer names the next ones."""
+
+SLOWEST_DISK_BYTES_PER_S = 32 << 20
+"""A call of a push has its card's bytes at this rate on top: the receiver may hash, flush or copy all of them in it."""
 
 ANSWER_SLACK_BYTES = 1 << 20
 """What may come for a call over its answer: TLS, HTTP/2, errors, and messages much shorter than need be."""
@@ -180,8 +216,29 @@ MAX_LINE_FAILURES = 4
 RETRY_DELAY_S = 0.1
 """Pause of a stream after its line failed; twice as long after each further failure."""
 
+SMALL_CARD_BYTES = 256 << 10
+"""Tensors of a card that come along with its manifest, to whoever asks for that."""
+
+KEEP_TOGETHER_CARDS = 64
+"""Small cards that came whole and are entered into the catalog at once."""
+
+KEEP_TOGETHER_S = 0.2
+"""How long the first of them waits for others, while more are on their way."""
+
 MAX_SIBLINGS = 8
 """Cards here, of the same name, that are searched for tensors that a card which is to come has too."""
 
 CANCEL_POLL_S = 0.2
 """How long a transfer that was cancelled may go on before it notices, where it waits for others."""
+
+CONFORMANCE_TIMEOUT_S = 10.0
+"""A call of the conformance checks."""
+
+CONFORMANCE_MESSAGE_BYTES = 64 << 20
+"""One message that they take in, so that they can tell one that is too large."""
+
+CONFORMANCE_CARD_BYTES = 64 << 20
+"""The largest card that they read, and all results of one call."""
+
+CONFORMANCE_CARDS = 4
+"""Cards that they read."""

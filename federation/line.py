@@ -11,7 +11,7 @@ import re
 import socket
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -28,6 +28,7 @@ from federation.errors import (
     NotApprovedError,
     PeerError,
     PeerUnreachableError,
+    PushRefusedError,
     TransportError,
 )
 from federation.handshake import PROOF_HEADER, certificate_at, proof
@@ -37,6 +38,7 @@ from federation.turnstile import Address, Turnstile
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _ARROW_ERRORS = (pa.ArrowException, OSError, UnicodeError)
+_GONE = (flight.FlightUnavailableError, flight.FlightUnauthenticatedError)
 _OPTIONS = (
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
     ("grpc.http2.bdp_probe", 0),  # else gRPC reads ahead as far as it likes: a whole card of 64 MiB was seen
@@ -64,7 +66,7 @@ class _Connection:
 class Line:
     """Connects at the first call, and anew after a failure; safe to share between threads; must not outlive a `fork`.
 
-    `node_id`: the only node that may answer; empty for whichever does.
+    `node_id`: the only node that may answer; empty for whichever does. `calls`: how many its connection has had.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Line:
         self._sightings = sightings
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
+        self.calls = 0
+        self._closed = False
         self._budget = Budget()
         self._turnstile: Turnstile | None = None
 
@@ -92,25 +96,52 @@ class Line:
             raise FederationError(f"expected a line with credentials to {self.address}, got one that proves nothing")
         return found
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection that has not failed."""
+        return self._connection is not None
+
+    def renew(self) -> None:
+        """Connect anew at the next call; calls in progress go on."""
+        with self._lock:
+            self._connection = None
+
     def call(
         self, action: flight.Action, timeout_s: float, broken: type[TransportError], nbytes: int
     ) -> Generator[memoryview, None, None]:
         """The results of an action, `nbytes` at the most, one by one; closing the iterator early cancels the call.
 
-        A peer that sends more is cut off; gRPC itself would take in a message of any size.
+        A peer that sends more is cut off; gRPC itself would take in a message of any size. A connection that was there
+        before and turns out to be gone is made anew, once: the peer may have been started again, or have cut it.
 
         `broken` is what a failing line is called at this point. Raises `PeerError` for what the peer got wrong:
         `IdentityError` if it is another node than expected, `NotApprovedError` if it does not answer this one.
         """
+        may_be_gone = self.is_connected
+        try:
+            with closing(self._called(action, timeout_s, broken, nbytes)) as results:
+                for result in results:
+                    may_be_gone = False
+                    yield result
+        except FederationError as error:
+            if not may_be_gone or not isinstance(error.__cause__, _GONE):
+                raise
+            yield from self._called(action, timeout_s, broken, nbytes)
+
+    def _called(
+        self, action: flight.Action, timeout_s: float, broken: type[TransportError], nbytes: int
+    ) -> Generator[memoryview, None, None]:
         connection = self._connected()
+        self.calls += 1
         options = flight.FlightCallOptions(timeout=timeout_s, headers=list(connection.headers))
-        with self._errors(broken), self._budget.expecting(nbytes):
+        with self._errors(broken, connection), self._budget.expecting(nbytes):
             for result in connection.channel.do_action(action, options):
                 yield memoryview(result.body).cast("B")
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, for good."""
         with self._lock:
+            self._closed = True
             connection, self._connection = self._connection, None
         if connection is not None:
             connection.channel.close()
@@ -119,7 +150,10 @@ class Line:
 
     def _connected(self) -> _Connection:
         with self._lock:
+            if self._closed:
+                raise PeerUnreachableError(f"the line to {self.address} was closed")
             if self._connection is None:
+                self.calls = 0
                 with self._errors(PeerUnreachableError):
                     self._connection = self._plain() if self._credentials is None else self._secured(self._credentials)
             return self._connection
@@ -162,14 +196,16 @@ class Line:
             )
 
     @contextmanager
-    def _errors(self, broken: type[TransportError]) -> Iterator[None]:
+    def _errors(self, broken: type[TransportError], connection: _Connection | None = None) -> Iterator[None]:
         try:
             yield
         except _ARROW_ERRORS as error:
+            if self._closed:
+                raise broken(f"the line to {self.address} was closed") from error
             if self._budget.overrun:
                 self._budget.overrun = False
                 raise PeerError(f"{self.address} sent more than was asked for, so it was cut off") from error
-            if isinstance(error, flight.FlightUnavailableError | flight.FlightUnauthenticatedError):
+            if isinstance(error, (*_GONE, flight.FlightTimedOutError)) and connection is self._connection:
                 self._connection = None  # a server that was started anew has another certificate
             raise _translated(error, self.address, broken) from error
 
@@ -211,6 +247,10 @@ def _translated(error: Exception, address: str, broken: type[TransportError]) ->
             return IdentityError(f"{address} does not believe who this node is: {said}")
         case flight.FlightUnauthorizedError() if error.extra_info == wire.NOT_APPROVED:
             return NotApprovedError(f"{address} does not answer: {said}")
+        case flight.FlightUnauthorizedError() if error.extra_info == wire.PUSH_REFUSED:
+            return PushRefusedError(
+                f"{address} takes no push: {said}", hint="it can fetch: `arrowmoe skills sync` there"
+            )
         case flight.FlightServerError() if error.extra_info == wire.NOT_FOUND:
             return PeerError(f"{address} does not have that: {said}")
         case flight.FlightError():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -43,6 +43,12 @@ class Places:
         kept = self._counted(items, held)
         weakref.finalize(kept, self._held.discard, held).atexit = False  # takes no lock: it may run inside this one
         return kept
+
+    def end(self, callers: Collection[str]) -> None:
+        """Cut the streams that these callers have open."""
+        for held in [*self._held]:
+            if held.caller in callers:
+                self._cut(held.place, "its caller is blocked")
 
     def _check(self, caller: str, others: list[_Held]) -> None:
         if sum(held.caller == caller for held in others) >= limits.MAX_STREAMS_PER_CALLER:

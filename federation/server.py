@@ -9,8 +9,9 @@ answered. Without, nobody proves anything.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Self, TypeVar
 
 from pyarrow import flight
@@ -20,13 +21,14 @@ from federation.access import Doorman
 from federation.answers import Action, Answers, Result
 from federation.card_files import batches, one_line, opened
 from federation.credentials import Credentials, pem_of
-from federation.errors import BusyError, FederationError, NotApprovedError
+from federation.errors import BusyError, FederationError, NotApprovedError, PushRefusedError
 from federation.gate import Gate
 from federation.handshake import Callers
 from federation.membership import Membership
 from federation.peer import format_address, is_loopback
 from federation.places import Places
 from federation.turnstile import Turnstile, place_of
+from federation.uploads import Uploads
 from registry.digest import Digest
 from registry.entries import CardEntry
 from registry.errors import AmbiguousCardError, ArrowMoEError, UnknownCardError
@@ -45,7 +47,7 @@ class LoRAFlightServer:
 
     With `credentials` it speaks TLS, callers prove their ids, and those are answered that the registry's peer book has
     approved; on the loopback, and with `open`, all that it has not blocked. Without, it speaks plaintext and answers
-    everyone, on the loopback only, else it raises `FederationError`.
+    everyone, on the loopback only, else it raises `FederationError`. `uploads` takes in what callers with ids push.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LoRAFlightServer:
         port: int = 0,
         open: bool = False,
         credentials: Credentials | None = None,
+        uploads: Uploads | None = None,
     ) -> None:
         if credentials is None and not is_loopback(host):
             raise FederationError(
@@ -70,7 +73,7 @@ class LoRAFlightServer:
         self.host = host
         self._port = port
         self._open = open or is_loopback(host)
-        self._credentials = credentials
+        self._credentials, self._uploads = credentials, uploads
         self._handlers: _Handlers | None = None
 
     def start(self) -> None:
@@ -88,7 +91,7 @@ class LoRAFlightServer:
         self._handlers = (
             _Handlers("grpc+tcp", turnstile, self._registry, answers)
             if self._credentials is None
-            else _secured(turnstile, self._registry, answers, self._credentials, open=self._open)
+            else _secured(turnstile, self._registry, answers, self._credentials, self._uploads, open=self._open)
         )
         turnstile.start((_PRIVATE, self._handlers.port))
         _log.info("flight_server_started", address=self.address, open=self._open, tls=self._credentials is not None)
@@ -105,6 +108,13 @@ class LoRAFlightServer:
             _log.warning("flight_connections_cut", port=handlers.turnstile.port, connections=handlers.turnstile.open)
         handlers.turnstile.close()
         shutdown.join()
+        if self._uploads is not None:
+            self._uploads.close()
+
+    def cut(self, node_ids: Collection[str]) -> None:
+        """End the streams that these nodes have open; further calls, the peer book refuses."""
+        if self._handlers is not None:
+            self._handlers.places.end(node_ids)
 
     @property
     def port(self) -> int:
@@ -135,12 +145,13 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
         answers: Answers,
         *,
         doorman: Doorman | None = None,
+        uploads: Uploads | None = None,
         **security: Any,
     ) -> None:
-        self._registry, self._answers, self._doorman = registry, answers, doorman
+        self._registry, self._answers, self._doorman, self._uploads = registry, answers, doorman, uploads
         self._membership = Membership(registry.database)
         self.turnstile = turnstile
-        self._places = Places(turnstile.cut)
+        self.places = Places(turnstile.cut)
         super().__init__(f"{scheme}://{format_address(_PRIVATE, 0)}", middleware={"gate": Gate()}, **security)
 
     def list_flights(self, context: flight.ServerCallContext, criteria: bytes) -> Iterator[flight.FlightInfo]:
@@ -192,12 +203,16 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
         """What can be asked; without credentials nobody can join."""
         if self._doorman is None:
             return self._answers.actions
-        host = self.turnstile.address_of(place_of(context.peer()))
-        return {**self._answers.actions, **self._membership.actions(caller, host)}
+        place = place_of(context.peer())
+        host = self.turnstile.address_of(place)
+        known = {**self._answers.actions, **self._membership.actions(caller, host)}
+        if self._uploads is None:
+            return known
+        return {**known, **self._uploads.actions(caller, host, partial(self.turnstile.took_in, place))}
 
     def _stream(self, items: Iterator[Any], caller: str, place: int) -> Iterator[Any]:
         """`items`, holding a place until the call ends; without credentials each connection is a caller."""
-        return self._places.take(items, caller=caller or str(place), place=place)
+        return self.places.take(items, caller=caller or str(place), place=place)
 
     def _listing(self, entries: Iterable[CardEntry]) -> list[flight.FlightInfo]:
         """Infos within `MAX_LISTING_BYTES`: the library sends a listing only when it is whole."""
@@ -215,7 +230,13 @@ class _Handlers(flight.FlightServerBase):  # type: ignore[misc]  # the library t
 
 
 def _secured(
-    turnstile: Turnstile, registry: Registry, answers: Answers, credentials: Credentials, *, open: bool
+    turnstile: Turnstile,
+    registry: Registry,
+    answers: Answers,
+    credentials: Credentials,
+    uploads: Uploads | None,
+    *,
+    open: bool,
 ) -> _Handlers:
     """Handlers behind TLS, which know their callers."""
     return _Handlers(
@@ -224,6 +245,7 @@ def _secured(
         registry,
         answers,
         doorman=Doorman(PeerBook(registry.database), open=open, own_id=credentials.node_id),
+        uploads=uploads,
         auth_handler=Callers(credentials.certificate),
         tls_certificates=[(pem_of(credentials.certificate), credentials.private_key)],
     )
@@ -263,6 +285,8 @@ def _flight_errors() -> Iterator[None]:
         raise
     except NotApprovedError as error:
         raise flight.FlightUnauthorizedError(str(error), wire.NOT_APPROVED) from None
+    except PushRefusedError as error:
+        raise flight.FlightUnauthorizedError(str(error), wire.PUSH_REFUSED) from None
     except BusyError as error:
         raise flight.FlightUnavailableError(str(error)) from None
     except (UnknownCardError, AmbiguousCardError) as error:

@@ -7,23 +7,25 @@ once all of it is there. What a broken transfer leaves is taken up by the next o
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import TypeAlias
 
 from federation import limits
 from federation.board import Board, Holder, Job, Source, Task, Wanted
 from federation.errors import FederationError, PeerError, TransportError
+from federation.landing import Landed, Landing
+from federation.meter import Meter, TransferProgress
 from federation.pace import Pace
+from federation.siblings import drafted
+from registry.arrivals import Arrival
 from registry.card import LoRACard
-from registry.digest import Digest, is_digest
 from registry.drafts import BLOCK_BYTES, Draft
 from registry.entries import CardEntry, Origin
-from registry.errors import ArrowMoEError, CardError, MissingFileError, RemovedCardError, UnknownCardError
+from registry.errors import ArrowMoEError, CardError, RemovedCardError
 from registry.logs import get_logger
 from registry.store import Registry
 
@@ -32,22 +34,8 @@ _log = get_logger(__name__)
 Check: TypeAlias = "Callable[[LoRACard, Origin], None]"
 """Sees a card without its tensors, as its publisher signed it; raises `FederationError` unless it may come."""
 
-Keep: TypeAlias = "Callable[[LoRACard, Origin, Path], CardEntry]"
-"""Takes a card that is whole and verified into the catalog, out of the file in which it lies; may refuse it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransferProgress:
-    """Where a transfer is, in bytes of the card that moved last and of all; a card that failed counts as done."""
-
-    holder: Holder
-    card: str
-    card_bytes_done: int
-    card_bytes_total: int
-    bytes_done: int
-    bytes_total: int
-    cards_done: int
-    cards_total: int
+Keep: TypeAlias = "Callable[[Sequence[Arrival]], Sequence[CardEntry | ArrowMoEError | OSError]]"
+"""Takes cards that are whole and verified into the catalog, out of their drafts: of each its entry, or why not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +72,17 @@ def transfer(
 ) -> tuple[CardOutcome, ...]:
     """Bring the `wanted` cards, each digest once, into `registry`; their outcomes in the same order.
 
-    `check` hears of each card before its tensors come. `keep` is `Registry.admit` unless given. `bytes_per_s` bounds
-    all of it together. `on_progress` is called from the transfer's threads, one at a time. Setting `cancelled` ends it
-    soon, with what has come kept for the next time. One failing card or peer never stops the others.
+    `check` hears of each card before its tensors come. `keep` is `Registry.admit_all` unless given. `bytes_per_s`
+    bounds all of it together. `on_progress` is called from the transfer's threads, one at a time. Setting `cancelled`
+    ends it soon, with what has come kept for the next time. One failing card or peer never stops the others.
     """
+    registry.recover()  # else a draft whose card could not be entered would still be that card's file
     registry.drafts.sweep(now or datetime.now(UTC))
     run = _Run(
         registry,
         wanted,
         check=check or _anything,
-        keep=keep or _admitting(registry),
+        keep=keep or registry.admit_all,
         on_progress=on_progress,
         bytes_per_s=bytes_per_s,
         cancelled=cancelled or threading.Event(),
@@ -119,7 +108,8 @@ class _Run:
         self._board = Board(wanted)
         self._change = threading.Condition()
         self._pace = Pace(bytes_per_s, wait=cancelled.wait)
-        self._meter = _Meter(wanted, on_progress)
+        self._meter = Meter(wanted, on_progress)
+        self._landing = Landing()
         self._crash: BaseException | None = None
 
     def outcomes(self) -> tuple[CardOutcome, ...]:
@@ -151,30 +141,40 @@ class _Run:
 
     def _work(self) -> None:
         try:
-            while (task := self._next()) is not None:
-                self._cancelled.wait(self._do(task))
-                self._ended(task)
+            while (step := self._next()) is not None:
+                step()
+            self._keep_landed(self._landing.all())
         except BaseException as error:  # noqa: BLE001  # raised again by `outcomes`
             self._crash = self._crash or error
             self._cancelled.set()
 
-    def _next(self) -> Task | None:
+    def _next(self) -> Callable[[], None] | None:
+        """What this thread does next: keep cards if that is due, else a task, else keep what has landed."""
         with self._change:
             while not (self._board.is_done or self._cancelled.is_set()):
+                if landed := self._landing.due():
+                    return partial(self._keep_landed, landed)
                 if (task := self._board.next()) is not None:
-                    return task
+                    return partial(self._work_on, task)
+                if landed := self._landing.all():
+                    return partial(self._keep_landed, landed)
                 self._change.wait(limits.CANCEL_POLL_S)  # whoever sets `cancelled` does not notify
             return None
 
-    def _ended(self, task: Task) -> None:
-        job = task.job
+    def _work_on(self, task: Task) -> None:
+        self._cancelled.wait(self._do(task))
         with self._change:
             self._board.ended(task)
             self._change.notify_all()
-            if job.settled and not job.busy and job.draft is not None:
-                job.draft.close()
-            if job.settled:
-                self._meter.ended(task)
+            self._let_go(task)
+
+    def _let_go(self, task: Task) -> None:
+        """Close the draft of a card that is settled once nobody works on it."""
+        job = task.job
+        if job.settled and not job.busy and job.draft is not None:
+            job.draft.close()
+        if job.settled:
+            self._meter.ended(task)
 
     def _do(self, task: Task) -> float:
         """Do a task, and say for how long to leave the holder alone."""
@@ -196,24 +196,32 @@ class _Run:
     def _open(self, task: Task) -> None:
         """Ask what the card is, and see what of it is here."""
         job = task.job
-        card = task.holder.source.describe(job.wanted.digest)
+        given = task.holder.source.describe(job.wanted.digest)
+        card = replace(given, tensors=())
         self._check(card, task.holder.origin)
-        draft = self._draft(card)
+        draft = drafted(self._registry, card)
+        moved = self._put(task, draft, given)
         with self._change:
-            job.bytes_here = card.nbytes - sum(end - start for start, end in draft.gaps())
+            job.bytes_here = card.nbytes - sum(end - start for start, end in draft.gaps()) - moved
             self._board.opened(job, draft)
             self._board.line_worked(task.holder)
             self._change.notify_all()
         self._meter.moved(task, job.bytes_here)
+        if moved:
+            self._meter.moved(task, moved)
+            self._pace.spend(moved)
 
-    def _draft(self, card: LoRACard) -> Draft:
-        """The draft of `card`, with what of it is here already."""
-        with ExitStack() as undo:
-            draft = undo.enter_context(self._registry.drafts.open(card))
-            for sibling in _siblings(self._registry, card) if draft.gaps() else ():
-                draft.take_from(sibling)
-            undo.pop_all()
-            return draft
+    def _put(self, task: Task, draft: Draft, given: LoRACard) -> int:
+        """Put the tensors of a card that came with its manifest where they are missing; how many bytes that were."""
+        if not given.tensors:
+            return 0
+        data, moved = memoryview(b"".join(tensor.data for tensor in given.tensors)), 0
+        for start, end in draft.gaps():
+            draft.write(start, data[start:end])
+            with self._change:
+                self._board.came(task, start, end)
+            moved += end - start
+        return moved
 
     def _fetch(self, task: Task, start: int, end: int) -> None:
         """Fetch a part; what does not come goes back to the board."""
@@ -230,6 +238,7 @@ class _Run:
                     if at - begun >= BLOCK_BYTES:
                         begun = at
                         self._line_worked(task.holder)
+                        self._keep_due()
                     if at == end:  # a peer may leave its stream open
                         break
                     if self._cancelled.is_set() or task.job.settled:
@@ -254,7 +263,7 @@ class _Run:
         return any(lies)
 
     def _complete(self, task: Task, draft: Draft) -> None:
-        """Take a whole card into the catalog, once."""
+        """Let a whole card land, once."""
         job = task.job
         with self._change:
             if job.claimed or job.settled:
@@ -262,16 +271,38 @@ class _Run:
             job.claimed = True
             giver = max(job.moved, key=lambda holder: job.moved[holder], default=task.holder)
         try:
-            entry = self._keep(draft.finish(), giver.origin, draft.path)
+            arrival = Arrival(card=draft.finish(), origin=giver.origin, draft=draft.path)
         except (ArrowMoEError, OSError) as error:
             self._failed(task, error)
             return
-        draft.discard()
+        with self._change:
+            self._landing.add(Landed(task=task, arrival=arrival))
+
+    def _keep_landed(self, cards: Sequence[Landed]) -> None:
+        """Take cards into the catalog."""
+        kept = self._keep([landed.arrival for landed in cards]) if cards else ()
+        for landed, entry in zip(cards, kept, strict=True):
+            if isinstance(entry, CardEntry):
+                self._kept(landed, entry)
+            else:
+                self._failed(landed.task, entry)
+            with self._change:
+                self._let_go(landed.task)
+                self._change.notify_all()
+
+    def _kept(self, landed: Landed, entry: CardEntry) -> None:
+        job, origin = landed.task.job, landed.arrival.origin
+        if job.draft is not None:
+            job.draft.discard()
         with self._change:
             self._board.settle(job, entry)
-        _log.info(
-            "card_fetched", card=job.wanted.label, digest=entry.digest, peer=giver.origin.peer_id, bytes=entry.nbytes
-        )
+        peer_id = None if origin is None else origin.peer_id
+        _log.info("card_fetched", card=job.wanted.label, digest=entry.digest, peer=peer_id, bytes=entry.nbytes)
+
+    def _keep_due(self) -> None:
+        with self._change:
+            landed = self._landing.due()
+        self._keep_landed(landed)
 
     def _line_worked(self, holder: Holder) -> None:
         with self._change:
@@ -300,52 +331,6 @@ class _Run:
         _log.warning("card_failed", card=job.wanted.label, digest=job.wanted.digest, error=str(error))
 
 
-class _Meter:
-    """Counts what arrives, for whoever watches."""
-
-    def __init__(self, wanted: Sequence[Wanted], on_progress: Callable[[TransferProgress], None] | None) -> None:
-        self._on_progress = on_progress
-        self._lock = threading.Lock()
-        self._bytes_total, self._bytes_done = sum(card.nbytes for card in wanted), 0
-        self._cards_total, self._ended = len(wanted), set[Job]()
-        self._of_card: Counter[Job] = Counter()
-
-    def moved(self, task: Task, nbytes: int) -> None:
-        """So many bytes more of the card are here."""
-        with self._lock:
-            self._set(task.job, min(task.job.wanted.nbytes, self._of_card[task.job] + nbytes))
-            self._tell(task)
-
-    def ended(self, task: Task) -> None:
-        """No more of this card will be tried."""
-        with self._lock:
-            if task.job not in self._ended:
-                self._ended.add(task.job)
-                self._set(task.job, task.job.wanted.nbytes)
-                self._tell(task)
-
-    def _set(self, job: Job, nbytes: int) -> None:
-        self._bytes_done += nbytes - self._of_card[job]
-        self._of_card[job] = nbytes
-
-    def _tell(self, task: Task) -> None:
-        if self._on_progress is None:
-            return
-        wanted = task.job.wanted
-        self._on_progress(
-            TransferProgress(
-                holder=task.holder,
-                card=wanted.label,
-                card_bytes_done=self._of_card[task.job],
-                card_bytes_total=wanted.nbytes,
-                bytes_done=self._bytes_done,
-                bytes_total=self._bytes_total,
-                cards_done=len(self._ended),
-                cards_total=self._cards_total,
-            )
-        )
-
-
 def _outcome(job: Job) -> CardOutcome:
     return CardOutcome(
         wanted=job.wanted,
@@ -359,25 +344,6 @@ def _outcome(job: Job) -> CardOutcome:
 
 def _anything(card: LoRACard, origin: Origin) -> None:
     """Every card may come."""
-
-
-def _admitting(registry: Registry) -> Keep:
-    return lambda card, origin, draft: registry.admit(card, origin=origin, draft=draft)
-
-
-def _siblings(registry: Registry, card: LoRACard) -> Iterator[LoRACard]:
-    """Cards here that are likely to share tensors with `card`: its parents, and those of its name."""
-    if card.nbytes < BLOCK_BYTES:  # fetching it costs no more than looking
-        return
-    named = (entry.digest for entry in registry.list(name=card.name)[: limits.MAX_SIBLINGS])
-    parents = (Digest(parent) for parent in card.manifest.parents[: limits.MAX_SIBLINGS] if is_digest(parent))
-    for digest in dict.fromkeys((*parents, *named)):
-        try:
-            yield registry.get(digest)
-        except UnknownCardError:
-            continue
-        except (CardError, MissingFileError) as error:
-            _log.warning("sibling_unreadable", digest=digest, error=str(error))
 
 
 __all__ = [

@@ -91,6 +91,13 @@ class Turnstile:
         if connection is not None:
             connection.admitted = True
 
+    def took_in(self, place: int, nbytes: int) -> None:
+        """A handler has taken in `nbytes` of a card that the caller may push; they count no more, and more may come."""
+        connection = self._connections.get(place)
+        if connection is not None:
+            connection.uploads = True
+            connection.taken_in += nbytes
+
     def cut(self, place: int, reason: str) -> None:
         """End the connection there, soon; `reason` is for the log."""
         self._to_cut.append((place, reason))
@@ -226,7 +233,10 @@ class Turnstile:
             return NO_LIMIT
         if not connection.admitted:
             return rules.stranger_bytes - connection.up.moved
-        return rules.caller_bytes + int(connection.down.moved * rules.caller_share) - connection.up.moved
+        allowed = rules.caller_bytes + int(connection.down.moved * rules.caller_share)
+        if connection.uploads:
+            allowed += rules.upload_window_bytes + int(connection.taken_in * (1 + limits.UPLOAD_OVERHEAD))
+        return allowed - connection.up.moved
 
     def _answer_left(self) -> int:
         return NO_LIMIT if self._budget is None else max(0, self._budget.left())
@@ -266,9 +276,9 @@ class Turnstile:
                 self._cut(connection, reason)
             elif now - connection.since > self._rules.age_s and now - connection.moved > _QUIET_S:
                 self._close(connection)
-        total = sum(connection.up.moved for connection in self._connections.values())
+        total = sum(connection.held for connection in self._connections.values())
         if self._rules.caller_bytes is not None and total > self._rules.callers_bytes:
-            largest = max(self._connections.values(), key=lambda connection: connection.up.moved)
+            largest = max(self._connections.values(), key=lambda connection: connection.held)
             self._cut(largest, "callers sent more than all may together, this one the most")
         if self._refused:
             _log.warning("turnstile_refused", port=self.port, reasons=dict(self._refused))
@@ -355,9 +365,15 @@ class _Connection:
         self.up = _Flow(source=caller, sink=server, sent=now)
         self.down = _Flow(source=server, sink=caller, sent=now)
         self.since = self.moved = now
-        self.admitted = False
+        self.admitted = self.uploads = False
+        self.taken_in = 0
         self.connecting = True
         self.interest: dict[int, int] = {}
+
+    @property
+    def held(self) -> int:
+        """What the caller has sent that no handler has taken in as a part of a card."""
+        return self.up.moved - self.taken_in
 
     def flows(self, end: socket.socket) -> tuple[_Flow, _Flow]:
         """What `end` sends, and what it is sent."""

@@ -46,6 +46,9 @@ NOT_FOUND = b"not-found"
 NOT_APPROVED = b"not-approved"
 """Extra info of the Flight error for a caller that the server's owner has not approved, or has blocked."""
 
+PUSH_REFUSED = b"push-refused"
+"""Extra info of the Flight error for a caller from which the server takes no cards."""
+
 _DigestText = Annotated[Digest, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
 _NodeName = Annotated[str, StringConstraints(min_length=1, max_length=limits.MAX_NAME_CHARS)]
 _NodeId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
@@ -292,6 +295,7 @@ __all__ = [
     "NOT_APPROVED",
     "NOT_FOUND",
     "PROTOCOL_VERSION",
+    "PUSH_REFUSED",
     "SERVICE_TYPE",
     "SIGNATURE_KEY",
     "CardRequest",

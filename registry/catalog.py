@@ -8,16 +8,16 @@ else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from sqlalchemy import Select, case, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from registry import history, listing, quarantine
+from registry import arrivals, history, listing, quarantine
+from registry.arrivals import Arrival
 from registry.card import LoRACard
-from registry.changes import Changes, Kind
+from registry.changes import Changes
 from registry.database import Database
 from registry.digest import Digest, is_digest
 from registry.entries import CardEntry, HiddenCard, Holding, Origin
@@ -26,10 +26,12 @@ from registry.errors import (
     CardIntegrityError,
     LabelTakenError,
     QuarantinedCardError,
+    RemovedCardError,
     UnknownCardError,
 )
+from registry.history import Edition
 from registry.labels import newest, next_version, version_key
-from registry.tables import CardRow, LabelRow, OriginRow, PublisherRow, TagRow
+from registry.tables import CardRow, LabelRow, OriginRow, TagRow
 from registry.tombstones import Tombstone
 
 _DIGEST_PREFIX = re.compile(r"(?:blake3:)?([0-9a-f]{8,64})", re.IGNORECASE)
@@ -67,22 +69,29 @@ class Catalog:
         with self._database.writing() as session:
             if _is_new(session, card.digest, by_hand=by_hand):
                 _check(session, card, by_hand=by_hand, exclusive=exclusive, newest=newest)
-                row = session.get(CardRow, card.digest) or _insert(session, card, origin)
-                if quarantine_for is None:
-                    quarantine.lift(session, card.digest)
-                    _activate(session, row)
-                else:
-                    quarantine.put(session, card.digest, quarantine_for)
+                arrivals.enter(session, [Arrival(card=card, origin=origin, quarantine_for=quarantine_for)])
             _add_tags(session, card.digest, tags)
             return _entry(session, card.digest)
+
+    def add_all(self, coming: Sequence[Arrival]) -> dict[Digest, CardEntry | RemovedCardError]:
+        """Enter peers' cards in one transaction: their entries, or why a card may not come; one may be known."""
+        cards = {arrival.card.digest: arrival for arrival in coming}
+        with self._database.writing() as session:
+            known = set(session.scalars(select(CardRow.digest).where(CardRow.digest.in_(cards))))
+            new = [arrival for digest, arrival in cards.items() if digest not in known]
+            refused = history.unwelcome(session, [arrival.card for arrival in new], by_hand=False)
+            arrivals.enter(session, [arrival for arrival in new if arrival.card.digest not in refused])
+            entries = listing.entries(session, select(CardRow.digest).where(CardRow.digest.in_(cards)))
+            return {**refused, **{entry.digest: entry for entry in entries}}
 
     def admit(self, ref: str) -> CardEntry:
         """Let the card behind `ref` out of quarantine; one that is not there stays as it is."""
         with self._database.writing() as session:
             digest = _resolve(session, ref, quarantined=True)
             row = session.get(CardRow, digest)
-            if row is not None and quarantine.lift(session, digest):
-                _activate(session, row)
+            if row is not None and quarantine.holds(session, digest):
+                quarantine.lift(session, [digest])
+                arrivals.activate(session, [_edition_of(row)])
             return _entry(session, digest)
 
     def check(self, card: LoRACard, *, by_hand: bool, exclusive: bool, newest: bool) -> None:
@@ -242,7 +251,7 @@ class Catalog:
         """Let a hidden card come back. Raises `UnknownCardError` or `AmbiguousCardError`."""
         with self._database.writing() as session:
             card = history.hidden_card(session, ref)
-            history.show(session, card.digest)
+            history.show(session, [card.digest])
             return card
 
     def next_epoch(self, publisher: str, name: str) -> int:
@@ -262,66 +271,16 @@ def _is_new(session: Session, digest: Digest, *, by_hand: bool) -> bool:
     return session.get(CardRow, digest) is None or (by_hand and quarantine.holds(session, digest))
 
 
-def _insert(session: Session, card: LoRACard, origin: Origin | None) -> CardRow:
-    """The card's row and where it came from; it goes by no label yet."""
-    now = datetime.now(UTC)
-    signature = card.signature
-    if signature is not None and session.get(PublisherRow, signature.publisher) is None:
-        session.add(PublisherRow(fingerprint=signature.publisher, public_key=signature.public_key, first_seen=now))
-        session.flush()
-    row = _row_of(card, now)
-    session.add(row)
-    session.flush()  # no relationships are mapped, so the order of inserts is ours to keep
-    if origin is not None:
-        session.add(OriginRow(digest=card.digest, peer_id=origin.peer_id, address=origin.address))
-    return row
-
-
-def _activate(session: Session, row: CardRow) -> None:
-    """Give the card its label, unless a later one of its publisher has it, and let others know of the card."""
-    digest = Digest(row.digest)
-    if not history.is_superseded(session, row.publisher, row.name, row.version, row.epoch):
-        session.add(LabelRow(name=row.name, version=row.version, digest=digest))
-    if row.publisher is not None:
-        history.advance(session, row.publisher, row.name, row.version, row.epoch)
-    history.show(session, digest)
-    history.record(session, digest, row.publisher, Kind.ADDED)
-
-
-def _row_of(card: LoRACard, added_at: datetime) -> CardRow:
-    manifest = card.manifest
-    searched = (manifest.name, manifest.description, *manifest.domains, *manifest.examples)
-    return CardRow(
-        digest=card.digest,
-        name=manifest.name,
-        version=manifest.version,
-        base_name=manifest.base.name,
-        architecture=manifest.base.architecture,
-        fingerprint=manifest.base.fingerprint,
-        rank=manifest.adapter.rank,
-        nbytes=card.nbytes,
-        description=manifest.description,
-        domains=list(manifest.domains),
-        examples=list(manifest.examples),
-        search_text="\n".join(searched).casefold(),
-        publisher=manifest.publisher,
-        epoch=manifest.epoch,
-        created=_in_utc(manifest.created),
-        added_at=added_at,
+def _edition_of(row: CardRow) -> Edition:
+    return Edition(
+        digest=Digest(row.digest), publisher=row.publisher, name=row.name, version=row.version, epoch=row.epoch
     )
-
-
-def _in_utc(moment: datetime) -> datetime:
-    """In UTC; a moment that lies beyond the calendar there is moved to its edge."""
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        return (datetime.min if moment.year == 1 else datetime.max).replace(tzinfo=UTC)
 
 
 def _check(session: Session, card: LoRACard, *, by_hand: bool, exclusive: bool, newest: bool) -> None:
     """Whether a card that is not here may come; see `Catalog.add`."""
-    history.check_welcome(session, card, by_hand=by_hand)
+    for error in history.unwelcome(session, [card], by_hand=by_hand).values():
+        raise error
     if exclusive:
         _check_label_free(session, card)
     publisher, epoch = card.manifest.publisher, card.manifest.epoch

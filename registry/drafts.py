@@ -8,15 +8,13 @@ here is believed: the blocks say only what need not come again. A draft has the 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
-import shutil
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import accumulate
@@ -29,8 +27,8 @@ from blake3 import blake3
 from registry.blank import Layout, write_blank
 from registry.card import LoRACard, check_finite
 from registry.digest import hex_of
-from registry.errors import BusyDraftError, CardIntegrityError, NoSpaceError
-from registry.files import DRAFT_SUFFIX, is_still_at
+from registry.errors import BusyDraftError, CardIntegrityError
+from registry.files import DRAFT_SUFFIX, is_still_at, room_for
 from registry.logs import get_logger
 from registry.spans import Span, Spans
 from registry.tensor import Tensor
@@ -67,7 +65,7 @@ class Drafts:
             descriptor = _locked(path)
             undo.callback(os.close, descriptor)
             undo.callback(path.unlink, missing_ok=True)
-            with _space_for(card, path):
+            with room_for(f"the {card.nbytes} bytes of card {card.digest}", self._directory):
                 layout, notes = _lay_out(card, descriptor)
             draft = Draft(path, descriptor, card, layout)
             undo.pop_all()
@@ -77,12 +75,15 @@ class Drafts:
             return draft
 
     def sweep(self, now: datetime) -> None:
-        """Remove drafts that nobody uses, and that are old or are more than `MAX_KEPT_BYTES` with all later ones."""
+        """Remove drafts that nobody uses, and that are old or are more than `MAX_KEPT_BYTES` with all later ones.
+
+        Those that have become cards go too: who made them so was killed before it removed them.
+        """
         total_bytes = 0
         for path, status in sorted(self._found(), key=lambda found: -found[1].st_mtime):
             total_bytes += status.st_blocks * 512
             is_old = abs(now.timestamp() - status.st_mtime) > MAX_AGE_S  # a clock may have gone back by years
-            if is_old or total_bytes > MAX_KEPT_BYTES:
+            if is_old or total_bytes > MAX_KEPT_BYTES or status.st_nlink > 1:
                 _remove(path)
 
     def _found(self) -> Iterator[tuple[Path, os.stat_result]]:
@@ -305,20 +306,6 @@ def _write_all(descriptor: int, data: memoryview, place: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, place)
         data, place = data[count:], place + count
-
-
-@contextmanager
-def _space_for(card: LoRACard, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise NoSpaceError(
-            f"expected room for the {card.nbytes} bytes of card {card.digest} in {path.parent}, got {free} bytes free",
-            hint="make room on that disk, or use another --home",
-        ) from error
 
 
 __all__ = ["BLOCK_BYTES", "MAX_AGE_S", "MAX_KEPT_BYTES", "Draft", "Drafts"]

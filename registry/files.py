@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from registry.errors import NoSpaceError
 
 DRAFT_SUFFIX = ".draft"
 """Ends the names of files that are being written; one that is left over belonged to a killed writer."""
@@ -69,6 +73,21 @@ def is_still_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def room_for(what: str, directory: Path) -> Iterator[None]:
+    """What a full disk under `directory` says in the block, as `NoSpaceError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(directory).free
+        raise NoSpaceError(
+            f"expected room for {what} in {directory}, got {free} bytes free",
+            hint="make room on that disk, or use another --home",
+        ) from error
 
 
 def _flush_directory(directory: Path) -> None:

@@ -6,10 +6,11 @@ a catalog run one after another (`registry.database`): a number is never seen be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, exists, func, insert, select, tuple_
 from sqlalchemy.orm import Session
 
 from registry.card import LoRACard
@@ -22,19 +23,22 @@ from registry.tables import CardRow, ChangeRow, EpochRow, HiddenRow, IndexRow, L
 from registry.tombstones import Tombstone
 
 _MIN_DIGITS = 8
+_AS_IT_IS = {"synchronize_session": False}  # no row of these tables is in the session's hands
 
 # Changes ------------------------------------------------------------------------------------------------------------
 
 
-def record(session: Session, digest: Digest, publisher: str | None, kind: Kind) -> None:
-    """Give the change the next number; what was recorded of the card before is forgotten."""
-    key, sequence = (digest, publisher or ""), _last(session) + 1
-    row = session.get(ChangeRow, key)
-    if row is None:
-        session.add(ChangeRow(digest=key[0], publisher=key[1], sequence=sequence, kind=kind))
-    else:
-        row.sequence, row.kind = sequence, kind
-    session.flush()
+def record(session: Session, cards: Collection[tuple[Digest, str | None]], kind: Kind) -> None:
+    """Give the change of each card (digest, publisher) the next number; what was recorded of it before is forgotten."""
+    keys = [(digest, publisher or "") for digest, publisher in cards]
+    same = tuple_(ChangeRow.digest, ChangeRow.publisher).in_(keys)
+    first = _last(session) + 1
+    session.execute(delete(ChangeRow).where(same), execution_options=_AS_IT_IS)
+    rows = [
+        {"digest": digest, "publisher": publisher, "sequence": sequence, "kind": kind}
+        for sequence, (digest, publisher) in enumerate(keys, first)
+    ]
+    session.execute(insert(ChangeRow), rows)
 
 
 def page(session: Session, since: int, limit: int) -> Changes:
@@ -79,40 +83,104 @@ def is_superseded(session: Session, publisher: str | None, name: str, version: s
     return row is not None and epoch < row.epoch
 
 
-def advance(session: Session, publisher: str, name: str, version: str, epoch: int) -> None:
-    """Note an epoch that was seen; a greater one than before takes the label off the publisher's older cards."""
-    row = session.get(EpochRow, (publisher, name, version))
-    if row is None:
-        session.add(EpochRow(publisher=publisher, name=name, version=version, epoch=epoch))
-    elif epoch > row.epoch:
-        row.epoch = epoch
-    else:
-        return
-    older = select(CardRow.digest).where(
-        CardRow.publisher == publisher, CardRow.name == name, CardRow.version == version, CardRow.epoch < epoch
+@dataclass(frozen=True, kw_only=True)
+class Edition:
+    """One card among those that its publisher gave one name and version."""
+
+    digest: Digest
+    publisher: str | None
+    name: str
+    version: str
+    epoch: int
+
+    @property
+    def key(self) -> tuple[str, str, str] | None:
+        """What the editions share; None if nobody signed this one."""
+        return None if self.publisher is None else (self.publisher, self.name, self.version)
+
+
+def advance(session: Session, editions: Iterable[Edition]) -> dict[tuple[str, str, str], int]:
+    """Note epochs that were seen; a greater one than before takes the label off the publisher's older cards.
+
+    Returns the greatest that is known now, by `Edition.key`.
+    """
+    seen = [(edition.key, edition.epoch) for edition in editions if edition.key is not None]
+    before = _epochs(session, {key for key, _ in seen})
+    newest = dict(before)
+    for key, epoch in seen:
+        newest[key] = max(epoch, newest.get(key, epoch))
+    risen = {key: epoch for key, epoch in newest.items() if epoch != before.get(key)}
+    if risen:
+        _write_epochs(session, risen)
+    if risen.keys() & before.keys():
+        _take_labels_off_older(session, risen.keys() & before.keys())
+    return newest
+
+
+_EPOCH_KEY = tuple_(EpochRow.publisher, EpochRow.name, EpochRow.version)
+
+
+def _epochs(session: Session, keys: Collection[tuple[str, str, str]]) -> dict[tuple[str, str, str], int]:
+    columns = (EpochRow.publisher, EpochRow.name, EpochRow.version, EpochRow.epoch)
+    rows = session.execute(select(*columns).where(_EPOCH_KEY.in_(keys)))
+    return {(publisher, name, version): epoch for publisher, name, version, epoch in rows}
+
+
+def _write_epochs(session: Session, epochs: Mapping[tuple[str, str, str], int]) -> None:
+    session.execute(delete(EpochRow).where(_EPOCH_KEY.in_(epochs.keys())), execution_options=_AS_IT_IS)
+    rows = [
+        {"publisher": publisher, "name": name, "version": version, "epoch": epoch}
+        for (publisher, name, version), epoch in epochs.items()
+    ]
+    session.execute(insert(EpochRow), rows)
+
+
+def _take_labels_off_older(session: Session, keys: Collection[tuple[str, str, str]]) -> None:
+    older = exists().where(
+        CardRow.digest == LabelRow.digest,
+        CardRow.name == LabelRow.name,
+        CardRow.version == LabelRow.version,
+        EpochRow.publisher == CardRow.publisher,
+        EpochRow.name == CardRow.name,
+        EpochRow.version == CardRow.version,
+        _EPOCH_KEY.in_(keys),
+        CardRow.epoch < EpochRow.epoch,
     )
-    stale = (LabelRow.name == name, LabelRow.version == version, LabelRow.digest.in_(older))
-    session.execute(delete(LabelRow).where(*stale))
-    session.flush()
+    labels = tuple_(LabelRow.name, LabelRow.version).in_({(name, version) for _, name, version in keys})
+    session.execute(delete(LabelRow).where(labels, older), execution_options=_AS_IT_IS)
 
 
 # Removal ------------------------------------------------------------------------------------------------------------
 
 
-def check_welcome(session: Session, card: LoRACard, *, by_hand: bool) -> None:
-    """Raise `RemovedCardError` if the card's publisher removed it, or this node's owner did and it comes by itself."""
-    label = f"{card.name}@{card.version}"
-    publisher = card.manifest.publisher
-    if publisher is not None and session.get(TombstoneRow, (card.digest, publisher)) is not None:
-        raise RemovedCardError(
-            f"{label} ({card.digest}) was removed by its publisher {publisher}, so it cannot come back",
-            hint="publish the adapter anew: that makes another card",
-        )
-    if not by_hand and session.get(HiddenRow, card.digest) is not None:
-        raise RemovedCardError(
-            f"{label} ({card.digest}) was removed here, so it is not fetched again",
-            hint=f"`arrowmoe skills unhide {card.digest}` lets it come back",
-        )
+def unwelcome(session: Session, cards: Sequence[LoRACard], *, by_hand: bool) -> dict[Digest, RemovedCardError]:
+    """Why some of the cards may not come.
+
+    Their publisher removed them; or this node's owner did, and they come by themselves.
+    """
+    digests = [card.digest for card in cards]
+    removed = {(digest, who) for digest, who in session.execute(_TOMBSTONES.where(TombstoneRow.digest.in_(digests)))}
+    here = select(HiddenRow.digest).where(HiddenRow.digest.in_(digests))
+    hidden = set() if by_hand else set(session.scalars(here))
+    errors = {card.digest: _hidden_here(card) for card in cards if card.digest in hidden}
+    return errors | {
+        card.digest: _removed_for_good(card) for card in cards if (card.digest, card.manifest.publisher) in removed
+    }
+
+
+def _removed_for_good(card: LoRACard) -> RemovedCardError:
+    return RemovedCardError(
+        f"{card.name}@{card.version} ({card.digest}) was removed by its publisher {card.manifest.publisher}, so it "
+        "cannot come back",
+        hint="publish the adapter anew: that makes another card",
+    )
+
+
+def _hidden_here(card: LoRACard) -> RemovedCardError:
+    return RemovedCardError(
+        f"{card.name}@{card.version} ({card.digest}) was removed here, so it is not fetched again",
+        hint=f"`arrowmoe skills unhide {card.digest}` lets it come back",
+    )
 
 
 def refused(session: Session, offered: Iterable[tuple[Digest, str | None]]) -> set[Digest]:
@@ -138,12 +206,22 @@ def bury(session: Session, tombstone: Tombstone) -> bool:
         )
     )
     session.flush()
-    advance(session, tombstone.publisher, tombstone.name, tombstone.version, tombstone.epoch)
+    advance(session, [_edition_of(tombstone)])
     session.execute(
         delete(HiddenRow).where(HiddenRow.digest == tombstone.digest, HiddenRow.publisher == tombstone.publisher)
     )
-    record(session, tombstone.digest, tombstone.publisher, Kind.REMOVED)
+    record(session, [(tombstone.digest, tombstone.publisher)], Kind.REMOVED)
     return True
+
+
+def _edition_of(tombstone: Tombstone) -> Edition:
+    return Edition(
+        digest=tombstone.digest,
+        publisher=tombstone.publisher,
+        name=tombstone.name,
+        version=tombstone.version,
+        epoch=tombstone.epoch,
+    )
 
 
 def hide(session: Session, entry: CardEntry) -> None:
@@ -158,12 +236,12 @@ def hide(session: Session, entry: CardEntry) -> None:
         )
     )
     if entry.quarantined is None:
-        record(session, entry.digest, entry.publisher, Kind.GONE)
+        record(session, [(entry.digest, entry.publisher)], Kind.GONE)
 
 
-def show(session: Session, digest: Digest) -> None:
-    """Forget that the owner did not want the card."""
-    session.execute(delete(HiddenRow).where(HiddenRow.digest == digest))
+def show(session: Session, digests: Collection[Digest]) -> None:
+    """Forget that the owner did not want the cards."""
+    session.execute(delete(HiddenRow).where(HiddenRow.digest.in_(digests)))
 
 
 def hidden(session: Session) -> list[HiddenCard]:
@@ -205,10 +283,10 @@ def begins(digest: Digest, ref: str) -> bool:
 
 
 __all__ = [
+    "Edition",
     "advance",
     "begins",
     "bury",
-    "check_welcome",
     "hidden",
     "hidden_card",
     "hide",
@@ -218,4 +296,5 @@ __all__ = [
     "record",
     "refused",
     "show",
+    "unwelcome",
 ]

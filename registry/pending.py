@@ -8,8 +8,8 @@ registry is then cheap: nearly always there is no such file.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -26,12 +26,22 @@ class Pending:
         self._directory = directory
 
     @contextmanager
-    def working_on(self, digest: Digest) -> Iterator[None]:
-        """Keep others off the digest's folder; if the block does not end well, `interrupted` will name the digest."""
-        with self._locked(self._path_of(digest)) as file:
+    def working_on(self, *digests: Digest) -> Iterator[None]:
+        """Keep others off the digests' folders; if the block does not end well, `interrupted` will name the digests."""
+        folders: dict[Path, list[Digest]] = {}
+        for digest in digests:
+            folders.setdefault(self._path_of(digest), []).append(digest)
+        with ExitStack() as stack:
+            for path in sorted(folders):  # all who want several take them in one order, so nobody waits for ever
+                stack.enter_context(self._noted(path, folders[path]))
+            yield
+
+    @contextmanager
+    def _noted(self, path: Path, digests: Iterable[Digest]) -> Iterator[None]:
+        with self._locked(path) as file:
             assert file is not None
             before = file.read()
-            file.write(f"{digest}\n")
+            file.writelines(f"{digest}\n" for digest in digests)
             file.flush()
             yield
             if before:

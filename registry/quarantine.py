@@ -6,9 +6,10 @@ as if it were not here. Each function works in the caller's transaction.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, delete, insert, select
 from sqlalchemy.orm import Session
 
 from registry.digest import Digest
@@ -17,20 +18,17 @@ from registry.history import begins
 from registry.tables import CardRow, QuarantineRow
 
 
-def put(session: Session, digest: Digest, reason: str) -> None:
-    """Note why the card, whose row is there, is not to be used."""
-    session.add(QuarantineRow(digest=digest, reason=reason, since=datetime.now(UTC)))
-    session.flush()
+def put(session: Session, reasons: Mapping[Digest, str]) -> None:
+    """Note of cards, whose rows are there, why they are not to be used."""
+    now = datetime.now(UTC)
+    rows = [{"digest": digest, "reason": reason, "since": now} for digest, reason in reasons.items()]
+    if rows:
+        session.execute(insert(QuarantineRow), rows)
 
 
-def lift(session: Session, digest: Digest) -> bool:
-    """Forget the note; False if there was none."""
-    row = session.get(QuarantineRow, digest)
-    if row is None:
-        return False
-    session.delete(row)
-    session.flush()
-    return True
+def lift(session: Session, digests: Collection[Digest]) -> None:
+    """Forget the notes, if there are any."""
+    session.execute(delete(QuarantineRow).where(QuarantineRow.digest.in_(digests)))
 
 
 def holds(session: Session, digest: Digest) -> bool:

@@ -7,19 +7,14 @@ is published when its row is committed; a file that no note mentions is reported
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pydantic import TypeAdapter, ValidationError
-
+from registry.arrivals import Arrival
 from registry.blobs import BlobStore, FileBlobStore
 from registry.card import LoRACard
 from registry.catalog import Catalog
@@ -29,27 +24,27 @@ from registry.digest import Digest
 from registry.drafts import Drafts
 from registry.entries import CardEntry, HiddenCard, Holding, Origin, VerifyReport
 from registry.errors import (
-    CardError,
-    HomeError,
+    ArrowMoEError,
     LabelTakenError,
-    MissingFileError,
     RegistryError,
     RemovedCardError,
     UnknownCardError,
 )
+from registry.files import room_for
 from registry.format import LoRAFormat
+from registry.homes import home_errors, make_home
 from registry.identity import Identity
 from registry.logs import get_logger
-from registry.manifest import CardName, CardVersion
+from registry.names import checked_name, checked_tags, checked_version
 from registry.pending import Pending
 from registry.remote_blobs import RemoteBlobStore
+from registry.signing import Signer
 from registry.tombstones import Tombstone
+from registry.verification import verified
 
 __all__ = ["CardEntry", "Origin", "Registry", "VerifyReport"]
 
 _CARDS, _CACHE, _DRAFTS, _TMP, _CATALOG = "cards", "cache", "drafts", "tmp", "catalog.sqlite"
-_NAME: TypeAdapter[str] = TypeAdapter(CardName)
-_VERSION: TypeAdapter[str] = TypeAdapter(CardVersion)
 
 _log = get_logger(__name__)
 
@@ -70,9 +65,10 @@ class Registry:
         self._blobs = blobs
         self.database = database
         self._catalog = Catalog(database)
+        self._signer = Signer(identity, self._catalog, blobs)
         self._pending = Pending(home / _TMP)
         self.drafts = Drafts(home / _DRAFTS)
-        self._heal()
+        self.recover()
 
     @classmethod
     def open(cls, home: Path | str, *, catalog_url: str | None = None, blobs_url: str | None = None) -> Registry:
@@ -82,8 +78,8 @@ class Registry:
         (`registry.remote_blobs`). Raises `HomeError`, and `RegistryError` where the database fails.
         """
         home = Path(home).expanduser().absolute()
-        with _home_errors(home), ExitStack() as undo:
-            _make_home(home)
+        with home_errors(home), ExitStack() as undo:
+            make_home(home, (_CARDS, _TMP))
             identity = Identity.open(home)
             database = Database(catalog_url or sqlite_url(home / _CATALOG))
             undo.callback(database.close)
@@ -100,44 +96,15 @@ class Registry:
         card, `RemovedCardError` for a signed one that its publisher removed, and `CardIntegrityError` if the card
         does not hold what its manifest promises.
         """
-        tags = _checked_tags(tags)
+        tags = checked_tags(tags)
         if card.signature is not None:
             return self._store(card, tags=tags, exclusive=True, verify=True)
         while True:
-            signed = self._signed(card)
+            signed = self._signer.signed(card)
             try:
                 return self._store(signed, tags=tags, exclusive=True, newest=True, verify=True)
             except (LabelTakenError, RemovedCardError):
                 continue  # another process published or removed one of this name since, so there is a next epoch
-
-    def _signed(self, card: LoRACard) -> LoRACard:
-        """This card as it was published before, else with the next epoch and this node's signature."""
-        before = self._published_before(card)
-        if before is not None:
-            return before
-        return self._with_epoch(card, self._catalog.next_epoch(self.identity.id, card.name))
-
-    def _with_epoch(self, card: LoRACard, epoch: int) -> LoRACard:
-        return card.describe(epoch=epoch).signed(self.identity)
-
-    def _published_before(self, card: LoRACard) -> LoRACard | None:
-        """This card as it was published before, if the one that has its label differs in nothing but its making.
-
-        None if the label is free. Raises `LabelTakenError`.
-        """
-        try:
-            entry = self._catalog.entry(f"{card.name}@{card.version}")
-        except UnknownCardError:
-            return None
-        known = self._with_epoch(card, entry.epoch)  # the same bytes would heal a file that is lost or damaged
-        if known.digest == entry.digest:
-            return known
-        with suppress(CardError, MissingFileError):
-            known = self._blobs.load(entry.digest)
-            if _without_making(known) == _without_making(card):
-                return replace(known, tensors=card.tensors)
-        self._catalog.check(card, by_hand=True, exclusive=True, newest=False)
-        return None
 
     def admit(
         self,
@@ -158,7 +125,36 @@ class Registry:
         `RemovedCardError` for a card that its publisher removed, or this node's owner.
         """
         card.verify_signature()
-        return self._store(card, tags=_checked_tags(tags), origin=origin, quarantine_for=quarantine_for, draft=draft)
+        return self._store(card, tags=checked_tags(tags), origin=origin, quarantine_for=quarantine_for, draft=draft)
+
+    def admit_all(self, arrivals: Sequence[Arrival]) -> Sequence[CardEntry | ArrowMoEError | OSError]:
+        """`admit` many cards that lie in drafts, together: of each its entry, or why it was not kept.
+
+        Each is kept wholly or not at all; what stops them together is tried again with each alone.
+        """
+        try:
+            return self._admit_together(arrivals)
+        except (ArrowMoEError, OSError) as error:
+            if len(arrivals) == 1:
+                return [error]
+        return [kept for arrival in arrivals for kept in self.admit_all([arrival])]
+
+    def _admit_together(self, arrivals: Sequence[Arrival]) -> Sequence[CardEntry | RemovedCardError]:
+        """The files first, then the rows."""
+        for arrival in arrivals:
+            arrival.card.verify_signature()
+        digests = [arrival.card.digest for arrival in arrivals]
+        with room_for(_shown(arrivals), self.home), self._pending.working_on(*digests):
+            for arrival in arrivals:
+                self._place(arrival.card, arrival.draft)
+            kept = self._catalog.add_all(arrivals)
+            for digest in digests:
+                if isinstance(kept[digest], RemovedCardError):
+                    self._blobs.delete(digest)
+        for entry in kept.values():
+            if isinstance(entry, CardEntry):
+                _log_stored(entry)
+        return [kept[digest] for digest in digests]
 
     def release(self, ref: str) -> CardEntry:
         """Let the card behind `ref` out of quarantine. Raises `UnknownCardError` or `AmbiguousCardError`."""
@@ -188,7 +184,7 @@ class Registry:
         Raises `CardError`, and `RemovedCardError` for a card that its publisher removed.
         """
         card = LoRAFormat.load(path, memory_map=False, verify=True)
-        return self._store(card, tags=_checked_tags(tags))
+        return self._store(card, tags=checked_tags(tags))
 
     def get(self, ref: str, *, verify: bool = False, quarantined: bool = False) -> LoRACard:
         """The card behind a name, name@version, digest, or unique prefix of one (8 hex digits or more), mapped.
@@ -238,11 +234,11 @@ class Registry:
 
     def label(self, ref: str, name: str, version: str) -> None:
         """Make `name@version` mean the card behind `ref`, and no other; here only, for the card stays as it is."""
-        self._catalog.label(ref, _checked(_NAME, name, "name"), _checked(_VERSION, version, "version"))
+        self._catalog.label(ref, checked_name(name), checked_version(version))
 
     def tag(self, ref: str, *tags: str) -> None:
         """Add tags to the card behind `ref`."""
-        self._catalog.tag(ref, _checked_tags(tags))
+        self._catalog.tag(ref, checked_tags(tags))
 
     def untag(self, ref: str, *tags: str) -> None:
         """Take tags off the card behind `ref`."""
@@ -314,9 +310,9 @@ class Registry:
         if ref is not None:
             digests = {self._catalog.resolve(ref, quarantined=True)}
         else:
-            self._heal()
+            self.recover()
             digests = self._catalog.digests(quarantined=True) | self._blobs.digests()
-        reports = (self._verify_card(digest) for digest in sorted(digests))
+        reports = (verified(digest, self._catalog, self._blobs, self._pending) for digest in sorted(digests))
         return [report for report in reports if report is not None]
 
     def export(self, ref: str, directory: Path | str) -> Path:
@@ -334,6 +330,16 @@ class Registry:
         if not self._catalog.is_admitted(digest):
             raise UnknownCardError(f"no card is known as {digest[:80]!r}")
         return self._blobs.path_of(digest)
+
+    def recover(self) -> None:
+        """Undo what a killed process, or one whose database failed, left half done.
+
+        That is drafts, and files whose row was not written yet or is gone.
+        """
+        for digest in self._pending.interrupted():
+            self._blobs.clean(digest)
+            if not self._catalog.holds(digest) and self._blobs.delete(digest):
+                _log.warning("interrupted_work_undone", digest=digest)
 
     def close(self) -> None:
         """Let go of the catalog; cards that were loaded stay usable."""
@@ -363,11 +369,8 @@ class Registry:
         if draft is None:  # else nothing would be saved: `add` checks too
             self._catalog.check(card, by_hand=origin is None, exclusive=exclusive, newest=newest)
         refusal: RegistryError | None = None
-        with self._pending.working_on(card.digest):
-            if draft is None:
-                self._blobs.put(card)
-            else:
-                self._blobs.adopt(card, draft)
+        with room_for(f"card {card.name}@{card.version}", self.home), self._pending.working_on(card.digest):
+            self._place(card, draft)
             try:
                 entry = self._catalog.add(
                     card, tags=tags, origin=origin, exclusive=exclusive, newest=newest, quarantine_for=quarantine_for
@@ -378,80 +381,20 @@ class Registry:
                 refusal = error
         if refusal is not None:
             raise refusal
-        _log.info(
-            "card_stored", name=card.name, version=card.version, digest=card.digest, quarantined=entry.quarantined
-        )
+        _log_stored(entry)
         return entry
 
-    def _heal(self) -> None:
-        """Undo what a killed process left half done: drafts, and files whose row was not written yet or is gone."""
-        for digest in self._pending.interrupted():
-            self._blobs.clean(digest)
-            if not self._catalog.holds(digest) and self._blobs.delete(digest):
-                _log.warning("interrupted_work_undone", digest=digest)
-
-    def _verify_card(self, digest: Digest) -> VerifyReport | None:
-        """What is wrong with one card; None if it is gone meanwhile."""
-        with self._pending.looking_at(digest):
-            entry = self._catalog.entry(digest, quarantined=True) if self._catalog.holds(digest) else None
-            if entry is None and not self._blobs.holds(digest):
-                return None
-            try:
-                card = self._blobs.load(digest, verify=True, memory_map=False)
-            except (CardError, MissingFileError) as error:
-                hint = _ON_DAMAGE if entry else f"no row mentions it: delete {self._blobs.place_of(digest)}"
-                return VerifyReport(digest=digest, entry=entry, reason=str(error), hint=hint)
-        if entry is None:
-            hint = f"import it ({self._blobs.path_of(digest)}) to keep the card, or delete it"
-            return VerifyReport(digest=digest, entry=None, reason="a file without a row in the catalog", hint=hint)
-        if (card.name, card.version, card.nbytes) != (entry.name, entry.version, entry.nbytes):
-            reason = f"the catalog says {entry.name}@{entry.version}, the card {card.name}@{card.version}"
-            return VerifyReport(digest=digest, entry=entry, reason=reason, hint=_ON_DAMAGE)
-        return VerifyReport(digest=digest, entry=entry)
+    def _place(self, card: LoRACard, draft: Path | None) -> None:
+        if draft is None:
+            self._blobs.put(card)
+        else:
+            self._blobs.adopt(card, draft)
 
 
-_ON_DAMAGE = "import the card again from where it came, or remove it and sync it from a peer"
+def _shown(arrivals: Sequence[Arrival]) -> str:
+    first = arrivals[0].card
+    return f"card {first.name}@{first.version}" + (f" and {len(arrivals) - 1} more" if arrivals[1:] else "")
 
 
-def _make_home(home: Path) -> None:
-    """The directories of a home; those that are there stay as they are."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in (_CARDS, _TMP):
-        (home / name).mkdir(mode=0o700, exist_ok=True)
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(home))
-
-
-@contextmanager
-def _home_errors(home: Path) -> Iterator[None]:
-    """What the file system says while a home is opened, as `HomeError`."""
-    try:
-        yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise HomeError(
-            f"expected a directory as home, got the file {error.filename}", hint="use another --home"
-        ) from error
-    except OSError as error:
-        raise HomeError(
-            f"cannot use the home {home}: {error.strerror or error}",
-            hint="use a directory that you may write, with --home DIR or ARROWMOE_HOME",
-        ) from error
-
-
-def _without_making(card: LoRACard) -> dict[str, object]:
-    fields: dict[str, object] = json.loads(card.manifest_bytes)
-    return {key: value for key, value in fields.items() if key not in ("created", "publisher", "epoch")}
-
-
-def _checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    return tuple(_checked(_NAME, tag, "tag") for tag in tags)
-
-
-def _checked(form: TypeAdapter[str], text: str, what: str) -> str:
-    try:
-        return form.validate_python(text)
-    except ValidationError as error:
-        raise RegistryError(
-            f"expected a {what} of letters, digits and . _ - within, got {text[:80]!r}",
-            hint=f"the {what} begins and ends with a letter or a digit, and has no spaces",
-        ) from error
+def _log_stored(entry: CardEntry) -> None:
+    _log.info("card_stored", name=entry.name, version=entry.version, digest=entry.digest, quarantined=entry.quarantined)

@@ -46,6 +46,7 @@ COMMANDS = {
     "encode": Command(module="arrowmoe.cli.encode", help="Turn texts into vectors."),
     "demo": Command(module="arrowmoe.cli.demo", help="Show the main job on two nodes and real models."),
     "doctor": Command(module="arrowmoe.cli.doctor", help="Check this machine and this home."),
+    "conformance": Command(module="arrowmoe.cli.conformance", help="Check another server against the protocol."),
     "config": Command(module="arrowmoe.cli.config", help="Show settings and where each comes from."),
 }
 SWITCHES = frozenset({"--json", "--quiet", "-q"})

@@ -32,12 +32,14 @@ def start(
     peer: Annotated[list[str] | None, typer.Option(metavar="HOST:PORT", help="A peer; may be repeated.")] = None,
     base: Annotated[list[str] | None, typer.Option(metavar="MODEL", help="A base model; may be repeated.")] = None,
     no_discovery: Annotated[bool, typer.Option("--no-discovery", help="No mDNS, only --peer.")] = False,
+    auto_sync: Annotated[bool, typer.Option("--auto-sync", help="Fetch what peers offer when it is seen.")] = False,
     open: Annotated[bool, typer.Option("--open", help="Answer every node that is not blocked.")] = False,
 ) -> None:
     """Run a node until it is stopped: serve this home's cards, watch peers, and answer if it has a base model."""
     invocation = app_of(context)
     flags = given(name=name, host=host, flight_port=flight_port, peers=peer, bases=base, open=open or None)
-    settings = invocation.load(**flags, discovery=False if no_discovery else None).settings
+    sync = {"auto": True} if auto_sync else None
+    settings = invocation.load(**flags, sync=sync, discovery=False if no_discovery else None).settings
     make_home(settings.home)
     level = "error" if invocation.out.mode == "quiet" else None
     with logs.logging_to(settings.log, home=settings.home, console_level=level):

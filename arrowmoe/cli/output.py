@@ -79,6 +79,13 @@ class Output:
         if self.mode == "human":
             _console(sys.stderr).print(Text(clean(text), style="dim"), soft_wrap=True)
 
+    def warning(self, text: str, hint: str) -> None:
+        """Something that needs somebody, though nothing failed; JSON says it in the result."""
+        if self.mode != "json":
+            console = _console(sys.stderr)
+            console.print(Text.assemble(("warning: ", "bold yellow"), clean(text)), soft_wrap=True)
+            console.print(Text.assemble(("hint: ", "bold"), clean(hint)), soft_wrap=True)
+
     def error(self, message: str, hint: str | None = None) -> None:
         """What went wrong, and what to do."""
         console = _console(sys.stderr)

@@ -15,14 +15,14 @@ from arrowmoe.cli.app import App, app_of, given, group
 from arrowmoe.cli.describing import MAX_STATISTICS_BYTES, MIN_PROMPTS, Budget, MinPrompts, show_described
 from arrowmoe.cli.evolving import evidence
 from arrowmoe.cli.output import short, size
+from arrowmoe.cli.skills_push import push
+from arrowmoe.cli.skills_sync import found_here, sync
 from registry.errors import ArrowMoEError
 
 if TYPE_CHECKING:
-    from federation.peer import Peer
     from registry.store import Registry
 
 app = group()
-BROWSE_S = 2.0
 
 Ref = Annotated[
     str, typer.Argument(metavar="CARD", help="Name, NAME@VERSION, or the first 8 or more digits of a digest.")
@@ -234,7 +234,7 @@ def _restorer(invocation: App, registry: Registry) -> Callable[[str], Any]:
     record = invocation.node()
     if record is not None:
         return lambda digest: control.call(record, "restore", {"digest": digest})
-    restore = arrowmoe.healing.restorer(registry, invocation.settings, _found(invocation, registry))
+    restore = arrowmoe.healing.restorer(registry, invocation.settings, found_here(invocation, registry))
     return lambda digest: restore({"digest": digest}, lambda done: None)
 
 
@@ -282,88 +282,8 @@ def tag(
     invocation.out.result(found, lambda: invocation.out.line(" ".join(found["tags"]) or "no tags"), quiet=found["tags"])
 
 
-@app.command()
-def sync(
-    context: typer.Context,
-    peer: Annotated[list[str] | None, typer.Option(metavar="HOST:PORT", help="A peer; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compare, and fetch nothing.")] = False,
-) -> None:
-    """Copy the cards that peers have and this home lacks; exit code 1 if any peer or card failed."""
-    invocation = app_of(context)
-    record = invocation.node()
-    with invocation.out.progress("comparing") as advance:
-
-        def on_progress(done: Any) -> None:
-            advance(f"{done['card']} from {done['peer']}", done["bytes_done"], done["bytes_total"])
-
-        if record is not None:
-            params = {"peers": peer or None, "dry_run": dry_run}
-            report = control.call(record, "sync", params, on_progress=on_progress)
-        else:
-            report = _sync_here(invocation, peer or [], dry_run=dry_run, on_progress=on_progress)
-    invocation.out.result(report, lambda: _show_sync(invocation, report), quiet=_fetched_digests(report))
-    if not report["ok"]:
-        raise typer.Exit(1)
-
-
-def _sync_here(invocation: App, addresses: list[str], *, dry_run: bool, on_progress: control.Progress) -> Any:
-    """Without a node: the peers named, else those of the settings and of a short look around."""
-    with invocation.registry() as registry:
-        peers = _peers_here(invocation, registry, addresses)
-        connect = arrowmoe.peering.circle(registry, invocation.settings).connect
-        handler = arrowmoe.operations.sync_handler(
-            lambda _, dry_run, on_progress: arrowmoe.sync(
-                registry, peers, dry_run=dry_run, on_progress=on_progress, connect=connect
-            )
-        )
-        return handler({"dry_run": dry_run}, on_progress)
-
-
-def _peers_here(invocation: App, registry: Registry, addresses: list[str]) -> list[Peer]:
-    """The peers named, else those of the settings and of a short look around."""
-    peers = [arrowmoe.Peer.at(address) for address in addresses or invocation.settings.peers]
-    if addresses:
-        return peers
-    known = {peer.address for peer in peers}
-    return peers + [peer for peer in _found(invocation, registry) if peer.address not in known]
-
-
-def _found(invocation: App, registry: Registry) -> list[Peer]:
-    """The nodes that a short look around finds, if the settings want one."""
-    if not invocation.settings.discovery:
-        return []
-    found: list[Peer] = arrowmoe.browse(
-        BROWSE_S, node_id=registry.identity.id, interfaces=invocation.settings.interfaces
-    )
-    return found
-
-
-def _show_sync(invocation: App, report: dict[str, Any]) -> None:
-    out = invocation.out
-    if not report["peers"]:
-        out.line("no peers were found; name one with --peer HOST:PORT")
-    for peer in report["peers"]:
-        who = f"{peer['name'] or '?'} ({peer['address']})"
-        if peer["error"]:
-            out.line(f"{who}: {peer['error']}")
-            continue
-        out.line(f"{who}: offers {peer['offered']}, {len(peer['missing'])} of them not here")
-        for card in peer["missing"] if report["dry_run"] else peer["fetched"]:
-            out.line(f"  {card['name']}@{card['version']} {short(card['digest'])} {size(card['nbytes'])}")
-        for card in peer["removed"]:
-            out.line(f"  {card['label']} {short(card['digest'])} was removed by its publisher")
-        for failure in peer["failed"]:
-            out.line(f"  {short(failure['digest'])} failed: {failure['reason']}")
-    if report["dry_run"]:
-        out.line("dry run: nothing was moved")
-        return
-    verified = sum(peer["tensors_verified"] for peer in report["peers"])
-    out.line(f"{report['fetched']} cards fetched, {size(report['bytes_moved'])} moved, {verified} tensors verified")
-
-
-def _fetched_digests(report: dict[str, Any]) -> list[str]:
-    key = "missing" if report["dry_run"] else "fetched"
-    return [card["digest"] for peer in report["peers"] for card in peer[key]]
+app.command()(sync)
+app.command()(push)
 
 
 def _show_cards(invocation: App, cards: list[dict[str, Any]], empty: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -15,8 +16,10 @@ from arrowmoe.routing import LoRARouter, Policy
 from arrowmoe.swarm import Swarm
 from federation.admission import Policy as AdmissionPolicy
 from federation.client import LoRAFlightClient
-from federation.errors import FederationError
+from federation.errors import FederationError, NotApprovedError, TransportError
+from federation.peer import Peer
 from registry.digest import Digest
+from registry.entries import Origin
 from registry.errors import RegistryError
 from registry.manifest import Manifest
 from registry.store import Registry
@@ -65,6 +68,72 @@ def test_a_virtual_candidate_is_fetched_whole(registries: tuple[Registry, Regist
     assert here.entry("one").origin.peer_id == far.identity.id
     with pytest.raises(FederationError, match="no peer offers"):
         swarm.fetch("blake3:" + "0" * 64)
+
+
+def test_a_candidate_comes_from_all_who_have_it_whoever_fails(registries: tuple[Registry, Registry]) -> None:
+    here, far = registries
+    card = small_card("one", modules=8)
+    entry = far.publish(card)
+    with ExitStack() as stack:
+        third = stack.enter_context(Registry.open(here.home.parent / "third"))
+        third.admit(far.get(entry.digest), origin=Origin(peer_id=far.identity.id, address="elsewhere:1"))
+        others = [stack.enter_context(Swarm(one, name="other", discovery=False)) for one in (far, third)]
+        known = [other.address for other in others]
+        swarm = stack.enter_context(Swarm(here, name="here", discovery=False, peers=known))
+        swarm.look()
+        assert [peer.address for peer in swarm.offers[entry.digest].peers] == known
+        others[0].close()
+        assert swarm.fetch(entry.digest).digest == entry.digest
+    assert here.entry("one").origin.peer_id == third.identity.id
+
+
+def test_a_candidate_that_nobody_gives_is_an_error_with_every_reason(registries: tuple[Registry, Registry]) -> None:
+    here, far = registries
+    entry = far.publish(small_card("one"))
+    with Swarm(far, name="far", discovery=False) as other:
+        swarm = Swarm(here, name="here", discovery=False, peers=[other.address]).start()
+        swarm.look()
+    with closing(swarm), pytest.raises(FederationError, match=r"one@1 did not come: 127\.0\.0\.1.*not available"):
+        swarm.fetch(entry.digest)
+
+
+def test_a_blocked_nodes_stream_is_cut_at_the_next_look(registries: tuple[Registry, Registry]) -> None:
+    here, far = registries
+    large = small_card("large", modules={f"m{index}": (1024, 1024) for index in range(128)}, rank=16)
+    digest = here.publish(large).digest
+    with (
+        Swarm(here, name="here", discovery=False) as swarm,
+        Swarm(far, name="far", discovery=False) as other,
+        other.circle.connect(Peer.at(swarm.address)) as client,
+    ):
+        reading = client.read(digest, 0, large.nbytes)
+        next(reading)
+        swarm.circle.book.meet(far.identity.id, most_pending=8)
+        swarm.circle.book.block(far.identity.id)
+        swarm.look()
+        with pytest.raises(TransportError):
+            for _ in reading:
+                pass
+        with pytest.raises(NotApprovedError):
+            client.health()
+
+
+def test_a_pace_holds_for_syncs_and_for_candidates(registries: tuple[Registry, Registry]) -> None:
+    here, far = registries
+    cards = [
+        small_card(name, modules={"m": (1024, 1024)}, alpha=0.01, seed=seed) for seed, name in enumerate(("one", "two"))
+    ]
+    entries = [far.publish(card) for card in cards]
+    with (
+        Swarm(far, name="far", discovery=False) as other,
+        Swarm(here, name="here", discovery=False, peers=[other.address], bytes_per_s=2 * cards[0].nbytes) as swarm,
+    ):
+        swarm.look()
+        for take in (lambda: swarm.fetch(entries[0].digest), swarm.sync):
+            started_s = time.monotonic()
+            take()
+            assert time.monotonic() - started_s > 0.4, "half a second for one card"
+    assert here.digests() == {entry.digest for entry in entries}
 
 
 def test_a_strangers_card_waits_until_its_publisher_is_approved(registries: tuple[Registry, Registry]) -> None:

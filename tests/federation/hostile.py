@@ -44,7 +44,7 @@ class Hostile:
         """Open a call of that Flight method; with `body` ask it in full, without let the server wait for it."""
         self._stream += 2
         fields = _fields(method, headers or {})
-        block = b"".join(_literal(name, value, indexed=True) for name, value in fields)
+        block = b"".join(literal(name, value, indexed=True) for name, value in fields)
         if fields == self._indexed:  # the server has kept them all: one byte each
             block = bytes(0x80 | _FIRST_DYNAMIC + at for at in reversed(range(len(fields))))
         self._indexed = fields
@@ -86,9 +86,9 @@ class Hostile:
     def endless_headers(self, nbytes: int) -> int:
         """Send up to `nbytes` of metadata of one call; how many before the line was cut."""
         self._stream += 2
-        start = b"".join(_literal(name, value) for name, value in _fields("DoAction", {}))
+        start = b"".join(literal(name, value) for name, value in _fields("DoAction", {}))
         first = frame(_HEADERS, 0, self._stream, start)
-        more = frame(_CONTINUATION, 0, self._stream, (_literal("x-much", b"x" * 8000) * 3)[:_FRAME_BYTES])
+        more = frame(_CONTINUATION, 0, self._stream, (literal("x-much", b"x" * 8000) * 3)[:_FRAME_BYTES])
         return self._until_cut([first, *[more] * (nbytes // len(more))])
 
     def is_cut(self, within_s: float = 5.0) -> bool:
@@ -139,7 +139,7 @@ def _fields(method: str, headers: dict[str, bytes]) -> list[tuple[str, bytes]]:
     return list(fields.items())
 
 
-def _literal(name: str, value: bytes, *, indexed: bool = False) -> bytes:
+def literal(name: str, value: bytes, *, indexed: bool = False) -> bytes:
     """A header field, its strings as they are; with `indexed` the server is to remember it."""
     return (b"\x40" if indexed else b"\x10") + _string(name.encode()) + _string(value)
 

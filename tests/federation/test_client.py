@@ -347,3 +347,29 @@ def test_a_probe(liar: Liar) -> None:
 def test_no_connection_is_made_before_the_first_call() -> None:
     with LoRAFlightClient("127.0.0.1:1"):
         pass
+
+
+@pytest.mark.parametrize("identity", [None, Identity.generate()])
+def test_a_small_card_comes_with_its_manifest(liar: Liar, identity: Identity | None) -> None:
+    card = liar.card = small_card("small") if identity is None else small_card("small").signed(identity)
+    signature = b"" if card.signature is None else str(card.signature).encode()
+    liar.header = lambda: iter([card.manifest_bytes, signature, *tensor_bytes(card)])
+    with LoRAFlightClient(liar.address) as client:
+        assert client.describe(card.digest) == card
+    assert len(liar.asked) == 1
+
+
+def test_tensors_that_come_with_a_manifest_are_verified(liar: Liar) -> None:
+    card = liar.card
+    wrong = bytes(card.nbytes)
+    for parts in ([wrong], [wrong[:-1]], [*tensor_bytes(card), b"x"], [b""]):
+        liar.header = lambda parts=parts: iter([*header(card), *([b""] if card.signature is None else []), *parts])
+        with LoRAFlightClient(liar.address) as client, pytest.raises(PeerError):
+            client.describe(card.digest)
+
+
+def test_tensors_of_a_large_card_do_not_come_with_its_manifest(liar: Liar) -> None:
+    card = liar.card = small_card("large", modules=module_shapes(1, 1 << 14, 1 << 14))
+    liar.header = lambda: iter([card.manifest_bytes, b"", *tensor_bytes(card)])
+    with LoRAFlightClient(liar.address) as client, pytest.raises(PeerError, match="got more"):
+        client.describe(card.digest)

@@ -71,7 +71,7 @@ class Attacked:
 def node(theirs: Registry, tmp_path: Path) -> Iterator[Attacked]:
     small = theirs.publish(small_card("poet")).digest
     large = theirs.publish(small_card("large", modules=module_shapes(8, d_in=1 << 18, d_out=8))).digest
-    command = [sys.executable, "-m", "tests.federation.serve", str(tmp_path / "theirs"), "--secured"]
+    command = [sys.executable, "-m", "tests.federation.serve", str(tmp_path / "theirs"), "--secured", "--takes-pushes"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -110,6 +110,18 @@ def test_a_message_of_1_9_gb_from_one_who_has_proven_itself(node: Attacked, meth
         hostile.call(method, headers=node.proof)
         hostile.promise(1_900_000_000)
         assert hostile.flood(1_900_000_000) < 32 << 20
+        node.assert_served()
+
+
+def test_a_message_of_1_9_gb_from_one_who_may_push(node: Attacked) -> None:
+    offer = json.dumps({"digest": "blake3:" + "0" * 64, "manifest_bytes": 1 << 19}).encode()
+    with node.proven() as hostile:
+        hostile.call("DoAction", headers=node.proof, body=b"\x0a\x04push\x12" + bytes([len(offer)]) + offer)
+        assert hostile.hears(b'"kept":false')
+        hostile.call("DoAction", headers=node.proof)
+        hostile.promise(1_900_000_000)
+        assert hostile.flood(1_900_000_000) < 32 << 20
+        assert hostile.is_cut()
         node.assert_served()
 
 

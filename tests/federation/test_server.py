@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 from pyarrow import flight
 
-from federation import limits
+from federation import limits, wire
 from federation.client import LoRAFlightClient
 from federation.errors import FederationError, PeerError, TransportError
 from federation.server import LoRAFlightServer
+from registry.card import LoRACard
 from registry.digest import digest_of
 from registry.format import SCHEMA
 from registry.store import Registry
@@ -167,6 +168,20 @@ def test_a_manifest_comes_with_its_signature(theirs: Registry, raw: flight.Fligh
     body = json.dumps({"digest": card.digest}).encode()
     parts = [result.body.to_pybytes() for result in raw.do_action(flight.Action("manifest", body))]
     assert parts == [card.manifest_bytes, str(card.signature).encode()]
+
+
+def test_a_small_cards_tensors_come_with_its_manifest_if_asked_for(theirs: Registry, raw: flight.FlightClient) -> None:
+    small = theirs.get(theirs.publish(small_card("small")).digest)
+    large = theirs.get(theirs.publish(small_card("large", modules=module_shapes(2, 1 << 14, 1 << 14))).digest)
+
+    def parts(card: LoRACard, nbytes: int | None) -> list[bytes]:
+        body = wire.encode_card_request(wire.CardRequest(digest=card.digest, nbytes=nbytes))
+        return [result.body.to_pybytes() for result in raw.do_action(flight.Action("manifest", body))]
+
+    for nbytes in (small.nbytes, 1 << 40):
+        assert b"".join(parts(small, nbytes)[2:]) == b"".join(bytes(tensor.data) for tensor in small.tensors)
+    for card, nbytes in ((small, None), (small, 0), (small, small.nbytes - 1), (large, 1 << 40)):
+        assert len(parts(card, nbytes)) == 2
 
 
 def test_batches_leave_as_they_lie_in_the_file(theirs: Registry, raw: flight.FlightClient) -> None:

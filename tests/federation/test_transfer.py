@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import pytest
 
@@ -13,10 +13,11 @@ from federation.client import LoRAFlightClient
 from federation.errors import FederationError
 from federation.server import LoRAFlightServer
 from federation.transfer import CardOutcome, TransferProgress, transfer
+from registry.arrivals import Arrival
 from registry.card import LoRACard
 from registry.digest import Digest
 from registry.drafts import BLOCK_BYTES
-from registry.entries import CardEntry, Origin
+from registry.entries import Origin
 from registry.store import Registry
 from tests.federation.sources import FakeSource, holder_of, holding, wanted
 from tests.registry.cards import module_shapes, small_card
@@ -259,8 +260,8 @@ def test_a_refused_card_leaves_nothing(ours: Registry) -> None:
 def test_a_keeper_may_refuse(ours: Registry) -> None:
     card = small_card("small")
 
-    def keep(card: LoRACard, origin: Origin, draft: object) -> CardEntry:
-        raise FederationError("not of this licence")
+    def keep(arrivals: Sequence[Arrival]) -> list[FederationError]:
+        return [FederationError("not of this licence") for _ in arrivals]
 
     outcome = only(transfer(ours, [wanted(card, holder_of(holding(card)))], keep=keep))
     assert outcome.entry is None

@@ -313,6 +313,25 @@ def test_callers_that_sent_too_much_together_lose_the_one_that_sent_the_most() -
         assert turnstile.open == 2
 
 
+def test_what_a_handler_took_in_of_an_upload_counts_no_more() -> None:
+    rules = Rules(caller_bytes=1000, caller_share=0, callers_bytes=5000, upload_window_bytes=2000)
+    with Behind() as behind, relaying(behind.target, rules=rules) as turnstile, connected(turnstile) as connection:
+        turnstile.admit(place(turnstile))
+        connection.sendall(bytes(900))
+        exactly(connection, 900)
+        turnstile.took_in(place(turnstile), 0)
+        for _ in range(10):
+            connection.sendall(bytes(2000))
+            exactly(connection, 2000)
+            turnstile.took_in(place(turnstile), 2000)
+        time.sleep(0.6)  # two rounds of enforcing what all may have sent together
+        assert not ended(connection)
+        connection.sendall(bytes(2000 + 100 + 20_000 // 64))
+        exactly(connection, 2000 + 100 + 20_000 // 64)
+        connection.sendall(b"x")
+        assert ended(connection)
+
+
 def test_an_answer_may_be_as_long_as_was_expected() -> None:
     budget = Budget()
 

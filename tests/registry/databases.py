@@ -42,6 +42,19 @@ def new_database(kind: str, directory: Path, template: str = "template0") -> Ite
         engine.dispose()
 
 
+def cut_off_others(url: str) -> None:
+    """End all other connections to a database on PostgreSQL, as its server does when it is killed."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    try:
+        _run(
+            engine,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+        )
+    finally:
+        engine.dispose()
+
+
 def _run(engine: Engine, command: str) -> None:
     with engine.connect() as connection:
         connection.execute(text(command))

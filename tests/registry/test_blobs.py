@@ -304,7 +304,7 @@ def test_a_killed_publish_is_undone_at_the_next_start(elsewhere: Place, tmp_path
     with Registry.open(tmp_path / "home") as plain:
         plain._blobs = elsewhere.blobs
         (tmp_path / "home" / "tmp" / f"{hex_of(digest)[:2]}.pending").write_text(f"{digest}\n")
-        plain._heal()
+        plain.recover()
     assert elsewhere.names() == []
 
 

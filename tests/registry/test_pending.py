@@ -78,3 +78,23 @@ def test_only_one_works_in_a_folder(pending: Pending) -> None:
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(work, digest) for digest in [ONE, NEIGHBOUR] * 4]:
             done.result()
+
+
+def test_work_on_many_is_noted_for_each(pending: Pending, tmp_path: Path) -> None:
+    with pending.working_on(ONE, FAR, NEIGHBOUR):
+        assert list(Pending(tmp_path).interrupted()) == []
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt), pending.working_on(FAR, ONE, NEIGHBOUR):
+        raise KeyboardInterrupt
+    assert set(pending.interrupted()) == {ONE, NEIGHBOUR, FAR}
+
+
+def test_who_work_on_many_in_another_order_do_not_wait_for_one_another_for_ever(pending: Pending) -> None:
+    def work(digests: tuple[Digest, Digest]) -> None:
+        for _ in range(50):
+            with pending.working_on(*digests):
+                time.sleep(0.0002)  # lets the other in, if anything does
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(work, digests) for digests in [(ONE, FAR), (FAR, ONE)]]:
+            done.result(timeout=30)

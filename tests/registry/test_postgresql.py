@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 from evolution.tables import NoteRow
 from registry.catalog import Catalog
@@ -15,7 +15,7 @@ from registry.database import Database
 from registry.errors import RegistryError
 from registry.store import Registry
 from tests.registry.cards import small_card
-from tests.registry.databases import new_database
+from tests.registry.databases import cut_off_others, new_database
 
 
 @pytest.fixture
@@ -29,18 +29,6 @@ def database(url: str) -> Iterator[Database]:
     database = Database(url)
     yield database
     database.close()
-
-
-def kill_others(url: str) -> None:
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        connection.execute(
-            text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            )
-        )
-    engine.dispose()
 
 
 def test_a_reader_sees_one_snapshot_and_writes_nothing(database: Database) -> None:
@@ -72,7 +60,7 @@ def test_a_writer_that_is_cut_off_leaves_nothing_and_the_next_goes_on(url: str, 
         with database.writing() as session:
             session.add(NoteRow(key="half", value={}))
             session.flush()
-            kill_others(url)
+            cut_off_others(url)
             session.scalar(text("SELECT 1"))
 
     with pytest.raises(RegistryError) as caught:
