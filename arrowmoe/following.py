@@ -13,6 +13,7 @@ from arrowmoe.settings import SyncSettings
 from federation import limits
 from federation.backoff import Backoff
 from federation.diff import SyncFilter
+from federation.pace import Pace
 from federation.peer import Peer, parse_id
 from federation.sync import SyncReport
 from registry.errors import ArrowMoEError
@@ -96,9 +97,9 @@ def wanted_of(settings: SyncSettings) -> SyncFilter:
     )
 
 
-def bytes_per_s_of(settings: SyncSettings) -> float | None:
-    """The pace of a transfer; None for none."""
-    return settings.mib_per_s * (1 << 20) or None
+def pace_of(settings: SyncSettings) -> Pace:
+    """How fast cards may come and go; what shares it shares the rate."""
+    return Pace(settings.mib_per_s * (1 << 20) or None)
 
 
-__all__ = ["Fetch", "Follower", "bytes_per_s_of", "wanted_of"]
+__all__ = ["Fetch", "Follower", "pace_of", "wanted_of"]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import arrowmoe
 from arrowmoe.control import ControlServer
-from arrowmoe.following import Follower, bytes_per_s_of, wanted_of
+from arrowmoe.following import Follower, pace_of, wanted_of
 from arrowmoe.home import NodeError, NodeRecord, home_lock, make_home, now
 from arrowmoe.inference import Inference
 from arrowmoe.operations import node_handlers
@@ -210,7 +210,7 @@ class Node:
             discovery=settings.discovery,
             interfaces=settings.interfaces,
             policy=policy_of(settings.trust, open=settings.open or is_loopback(settings.host)),
-            bytes_per_s=bytes_per_s_of(settings.sync),
+            pace=pace_of(settings.sync),
             push_from=settings.trust.push_from,
         )
         stack.enter_context(swarm)

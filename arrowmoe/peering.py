@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from arrowmoe import views
-from arrowmoe.following import bytes_per_s_of
+from arrowmoe.following import pace_of
 from arrowmoe.home import NodeRecord
 from arrowmoe.settings import Settings
 from arrowmoe.trust import policy_of
@@ -50,7 +50,7 @@ def sync_here(registry: Registry, settings: Settings, peers: Sequence[Peer]) -> 
             peers,
             connect=own.connect,
             entrance=Entrance(registry, policy, publishers=own.approved),
-            bytes_per_s=bytes_per_s_of(settings.sync),
+            pace=pace_of(settings.sync),
             **options,
         )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from arrowmoe.following import bytes_per_s_of
+from arrowmoe.following import pace_of
 from arrowmoe.peering import circle
 from arrowmoe.settings import Settings
 from federation.errors import FederationError
+from federation.pace import Pace
 from federation.peer import Peer, parse_address
 from federation.pushing import Pushed, PushProgress, Receiver, push
 from registry.entries import CardEntry
@@ -35,8 +36,8 @@ def give(
     place = place_of(peer, PeerBook(registry.database).peers())
     with circle(registry, settings).connect(place) as client:
         node_id = client.health().node_id
-        bytes_per_s = bytes_per_s_of(settings.sync)
-        done = [_pushed(client, registry, entry, bytes_per_s, on_progress) for entry in entries]
+        pace = pace_of(settings.sync)
+        done = [_pushed(client, registry, entry, pace, on_progress) for entry in entries]
     return {
         "peer": {"node_id": node_id, "address": place.address},
         "ok": all(one.error is None for one in done),
@@ -69,7 +70,7 @@ def _pushed(
     client: Receiver,
     registry: Registry,
     entry: CardEntry,
-    bytes_per_s: float | None,
+    pace: Pace,
     on_progress: Callable[[PushProgress], None] | None,
 ) -> Pushed:
     try:
@@ -77,7 +78,7 @@ def _pushed(
     except (CardError, MissingFileError) as error:  # the others are whole
         label = f"{entry.name}@{entry.version}"
         return Pushed(digest=entry.digest, label=label, nbytes=entry.nbytes, error=str(error))
-    (pushed,) = push(client, [card], bytes_per_s=bytes_per_s, on_progress=on_progress)
+    (pushed,) = push(client, [card], pace=pace, on_progress=on_progress)
     return pushed
 
 

@@ -123,7 +123,9 @@ class SyncSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     auto: bool = Field(default=False, description="follow peers: fetch what they offer as soon as it is seen")
-    mib_per_s: float = Field(default=0.0, ge=0, description="pace of one transfer from peers; 0: as fast as it comes")
+    mib_per_s: float = Field(
+        default=0.0, ge=0, description="pace of what is fetched from peers; 0: as fast as it comes"
+    )
     names: Names = Field(default=(), description="names or NAME@VERSION to fetch, as patterns, or digests; empty: any")
     bases: Names = Field(default=(), description="base models whose cards are fetched; empty: any")
     publishers: Names = Field(default=(), description="node ids whose cards are fetched; empty: anybody's")

@@ -21,6 +21,7 @@ from federation.diff import SyncFilter
 from federation.discovery import Discovery
 from federation.entrance import Entrance
 from federation.errors import DiscoveryError, FederationError
+from federation.pace import Pace
 from federation.peer import Peer, is_loopback
 from federation.server import LoRAFlightServer
 from federation.sync import PeerReport, SyncProgress, SyncReport, sync
@@ -61,7 +62,7 @@ class Swarm:
     `peers` are addresses HOST:PORT that are always asked; `discovery` finds more by mDNS on `interfaces`. Off
     loopback only approved peers are asked and answered, unless `open` says that everyone may read every card. `policy`
     says which of their cards come in; without one a card of an unknown publisher waits where unknown nodes do.
-    `bytes_per_s` bounds each transfer of cards. `push_from`: nodes that may push cards here (`uploads.accepting`).
+    `pace` bounds all transfers of cards to here together. `push_from`: nodes that may push cards here (`uploads.accepting`).
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Swarm:
         discovery: bool = True,
         interfaces: Sequence[str] = (),
         policy: Policy | None = None,
-        bytes_per_s: float | None = None,
+        pace: Pace | None = None,
         push_from: Sequence[str] = (),
     ) -> None:
         self.discovery_state = "starting" if discovery else "off"
@@ -103,7 +104,7 @@ class Swarm:
         )
         self._announced = (name, host) if discovery else None
         self._interfaces = interfaces
-        self._bytes_per_s = bytes_per_s
+        self._pace = pace
         self._backoff = Backoff(first_s=limits.FIRST_BACKOFF_S, most_s=limits.MAX_BACKOFF_S)
         self._discovery: Discovery | None = None
         self._statistics: dict[Digest, Statistics | None] = {}
@@ -188,7 +189,7 @@ class Swarm:
             on_progress=on_progress,
             connect=self.circle.connect,
             entrance=self._entrance,
-            bytes_per_s=self._bytes_per_s,
+            pace=self._pace,
             cancelled=cancelled,
         )
 
@@ -286,7 +287,7 @@ class Swarm:
                 [wanted],
                 check=self._entrance.check,
                 keep=self._entrance.keep,
-                bytes_per_s=self._bytes_per_s,
+                pace=self._pace,
             )
         return outcome
 

@@ -74,7 +74,7 @@ class Budget:
             self._taken += nbytes
 
 
-class Pace:
+class Bucket:
     """At most `bytes_per_s` over any second or so; None: as many as come."""
 
     def __init__(self, bytes_per_s: float | None, *, now: float = 0.0) -> None:
@@ -116,4 +116,4 @@ def crowd_of(address: str) -> str:
     return str(ip)
 
 
-__all__ = ["CLIENT_RULES", "NO_LIMIT", "Budget", "Pace", "Rules", "crowd_of"]
+__all__ = ["CLIENT_RULES", "NO_LIMIT", "Bucket", "Budget", "Rules", "crowd_of"]

@@ -46,7 +46,11 @@ class Entrance:
         self._publishers, self._bases, self._now = publishers, bases, now
 
     def check(self, card: LoRACard, origin: Origin) -> None:
-        """Whether fetching the card is of use, as far as its manifest says. Raises `AdmissionError`."""
+        """Whether fetching the card is of use, as far as its manifest says.
+
+        Raises `AdmissionError`, and `RemovedCardError` for a card that was removed.
+        """
+        self._registry.check_removed(card)
         self._quarantine_for(replace(card, tensors=()), origin, self._known_of(origin))
 
     def keep(self, arrivals: Sequence[Arrival]) -> Sequence[CardEntry | ArrowMoEError | OSError]:

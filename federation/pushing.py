@@ -69,7 +69,7 @@ def push(
     client: Receiver,
     cards: Iterable[LoRACard],
     *,
-    bytes_per_s: float | None = None,
+    pace: Pace | None = None,
     on_progress: Callable[[PushProgress], None] | None = None,
     wait: Callable[[float], object] = time.sleep,
 ) -> tuple[Pushed, ...]:
@@ -77,8 +77,7 @@ def push(
 
     Raises `PushRefusedError` and `NotApprovedError` from a peer that takes nothing from this node.
     """
-    pace = Pace(bytes_per_s, wait=wait)
-    return tuple(_Push(client, card, pace, on_progress, wait).outcome() for card in cards)
+    return tuple(_Push(client, card, pace or Pace(None), on_progress, wait).outcome() for card in cards)
 
 
 class _Push:
@@ -138,7 +137,7 @@ class _Push:
             self._check_sent(len(data))
             standing = self._asked(ACTION_PUT, encode_put(head, data))
             self._failures = 0
-            self._pace.spend(len(data))
+            self._pace.spend(len(data), self._wait)
             self._tell(standing)
         return standing
 

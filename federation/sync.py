@@ -22,6 +22,7 @@ from federation.client import LoRAFlightClient
 from federation.diff import SyncFilter
 from federation.entrance import Entrance
 from federation.errors import FederationError, PeerError
+from federation.pace import Pace
 from federation.peer import Peer
 from federation.transfer import CardOutcome, TransferProgress, transfer
 from federation.wire import InventoryEntry
@@ -132,21 +133,21 @@ def sync(
     timeout_s: float = limits.CALL_TIMEOUT_S,
     connect: Connect = connect,
     entrance: Entrance | None = None,
-    bytes_per_s: float | None = None,
+    pace: Pace | None = None,
     cancelled: threading.Event | None = None,
 ) -> SyncReport:
     """Copy the `wanted` cards that `peers` have and this registry lacks.
 
     Removals by a card's publisher that a peer passes on take place here too, whatever is wanted. `dry_run` fetches
     nothing; what was heard is kept even so. `entrance` decides what comes in, and what waits in quarantine; without one
-    everything is let in. `bytes_per_s` and `cancelled`: as `transfer` has them.
+    everything is let in. `pace` and `cancelled`: as `transfer` has them.
     """
     with ExitStack() as stack:
         links = [_Link(peer, stack.enter_context(connect(peer, timeout_s))) for peer in peers]
         with ThreadPoolExecutor(limits.MAX_PEERS_ASKED, "arrowmoe-sync") as pool:  # one that is silent delays no other
             _ = [*pool.map(lambda link: _hear(link, registry, wanted), links)]
         if not dry_run:
-            _fetch(registry, links, wanted, on_progress, entrance, bytes_per_s, cancelled)
+            _fetch(registry, links, wanted, on_progress, entrance, pace, cancelled)
     return SyncReport(peers=tuple(link.report() for link in links))
 
 
@@ -261,7 +262,7 @@ def _fetch(
     wanted: SyncFilter,
     on_progress: Callable[[SyncProgress], None] | None,
     entrance: Entrance | None,
-    bytes_per_s: float | None,
+    pace: Pace | None,
     cancelled: threading.Event | None,
 ) -> None:
     """Bring every missing card from all that hold it, and enter what became of it."""
@@ -280,7 +281,7 @@ def _fetch(
         check=lambda card, origin: _check(card, origin, wanted, entrance),
         keep=None if entrance is None else entrance.keep,
         on_progress=None if on_progress is None else lambda done: on_progress(_progress(of_holder[done.holder], done)),
-        bytes_per_s=bytes_per_s,
+        pace=pace,
         cancelled=cancelled,
     )
     for outcome in outcomes:

@@ -66,13 +66,13 @@ def transfer(
     check: Check | None = None,
     keep: Keep | None = None,
     on_progress: Callable[[TransferProgress], None] | None = None,
-    bytes_per_s: float | None = None,
+    pace: Pace | None = None,
     cancelled: threading.Event | None = None,
     now: datetime | None = None,
 ) -> tuple[CardOutcome, ...]:
     """Bring the `wanted` cards, each digest once, into `registry`; their outcomes in the same order.
 
-    `check` hears of each card before its tensors come. `keep` is `Registry.admit_all` unless given. `bytes_per_s`
+    `check` hears of each card before its tensors come. `keep` is `Registry.admit_all` unless given. `pace`
     bounds all of it together. `on_progress` is called from the transfer's threads, one at a time. Setting `cancelled`
     ends it soon, with what has come kept for the next time. One failing card or peer never stops the others.
     """
@@ -84,7 +84,7 @@ def transfer(
         check=check or _anything,
         keep=keep or registry.admit_all,
         on_progress=on_progress,
-        bytes_per_s=bytes_per_s,
+        pace=pace or Pace(None),
         cancelled=cancelled or threading.Event(),
     )
     return run.outcomes()
@@ -101,13 +101,13 @@ class _Run:
         check: Check,
         keep: Keep,
         on_progress: Callable[[TransferProgress], None] | None,
-        bytes_per_s: float | None,
+        pace: Pace,
         cancelled: threading.Event,
     ) -> None:
         self._registry, self._check, self._keep, self._cancelled = registry, check, keep, cancelled
         self._board = Board(wanted)
         self._change = threading.Condition()
-        self._pace = Pace(bytes_per_s, wait=cancelled.wait)
+        self._pace = pace
         self._meter = Meter(wanted, on_progress)
         self._landing = Landing()
         self._crash: BaseException | None = None
@@ -209,7 +209,7 @@ class _Run:
         self._meter.moved(task, job.bytes_here)
         if moved:
             self._meter.moved(task, moved)
-            self._pace.spend(moved)
+            self._pace.spend(moved, self._cancelled.wait)
 
     def _put(self, task: Task, draft: Draft, given: LoRACard) -> int:
         """Put the tensors of a card that came with its manifest where they are missing; how many bytes that were."""
@@ -259,7 +259,7 @@ class _Run:
         self._meter.moved(task, len(piece))
         with self._change:
             lies = [self._board.thrown_away(task, tensor) for tensor in wrong]
-        self._pace.spend(len(piece))
+        self._pace.spend(len(piece), self._cancelled.wait)
         return any(lies)
 
     def _complete(self, task: Task, draft: Draft) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from federation import limits
-from federation.allowances import NO_LIMIT, Budget, Pace, Rules, crowd_of
+from federation.allowances import NO_LIMIT, Bucket, Budget, Rules, crowd_of
 from registry.logs import get_logger
 
 _log = get_logger(__name__)
@@ -65,7 +65,7 @@ class Turnstile:
         self._connections: dict[int, _Connection] = {}
         self._to_cut: deque[tuple[int, str]] = deque()
         self._refused: Counter[str] = Counter()
-        self._pace = Pace(self._rules.bytes_per_s)
+        self._pace = Bucket(self._rules.bytes_per_s)
         self._closing = False
         self._thread: threading.Thread | None = None
 

@@ -310,8 +310,6 @@ class _Upload:
             card = promised(self.request.digest, bytes(self._manifest), signature)
         except CardError as error:
             raise PeerError(f"card {self.request.digest} is damaged or forged: {error}") from error
-        if self._registry.refused([(card.digest, card.manifest.publisher)]):
-            raise AdmissionError(f"{card.name}@{card.version} was removed, so it is not taken in again")
         self._entrance.check(card, self.origin)
         return drafted(self._registry, card)
 

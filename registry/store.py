@@ -23,13 +23,7 @@ from registry.database import Database, sqlite_url
 from registry.digest import Digest
 from registry.drafts import Drafts
 from registry.entries import CardEntry, HiddenCard, Holding, Origin, VerifyReport
-from registry.errors import (
-    ArrowMoEError,
-    LabelTakenError,
-    RegistryError,
-    RemovedCardError,
-    UnknownCardError,
-)
+from registry.errors import ArrowMoEError, LabelTakenError, RegistryError, RemovedCardError, UnknownCardError
 from registry.files import room_for
 from registry.format import LoRAFormat
 from registry.homes import home_errors, make_home
@@ -292,6 +286,10 @@ class Registry:
     def refused(self, offered: Iterable[tuple[Digest, str | None]]) -> set[Digest]:
         """Those of the `offered` cards (digest, publisher) that need not come: removed, or in quarantine here."""
         return self._catalog.refused(offered)
+
+    def check_removed(self, card: LoRACard) -> None:
+        """Raise `RemovedCardError` for a card that its publisher removed, or this node's owner."""
+        self._catalog.check(card, by_hand=False, exclusive=False, newest=False)
 
     def held_from(self, peer_id: str) -> Holding:
         """How much came from the peer and is still here, in quarantine or not."""

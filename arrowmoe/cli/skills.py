@@ -45,6 +45,7 @@ def import_(
     example: Annotated[list[str] | None, typer.Option(help="A prompt that it is for; may be repeated.")] = None,
     examples: Annotated[Path | None, typer.Option(help="File with one such prompt a line.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag, kept here only; may be repeated.")] = None,
+    sign: Annotated[bool, typer.Option("--sign", help="Publish the card in a file as this node's own.")] = False,
 ) -> None:
     """Make a card of a PEFT adapter and keep it, or keep the card in a file."""
     invocation = app_of(context)
@@ -55,7 +56,7 @@ def import_(
             entry = registry.publish(arrowmoe.LoRACard.from_peft(source, **about), tags=tag or [])
         elif not source.exists():
             raise ArrowMoEError(f"no such file or directory: {source}")
-        elif about:
+        elif about or sign:
             card = arrowmoe.LoRAFormat.load(source, memory_map=False, verify=True).describe(**about)
             entry = registry.publish(card, tags=tag or [])
         else:
@@ -63,6 +64,11 @@ def import_(
     found = arrowmoe.views.card(entry)
     text = f"{entry.name}@{entry.version} {short(entry.digest)} (rank {entry.rank}, {size(entry.nbytes)})"
     invocation.out.result(found, lambda: invocation.out.line(f"imported {text}"), quiet=[entry.digest])
+    if entry.publisher is None:
+        again = (
+            f"`arrowmoe skills rm {entry.name}@{entry.version}` and import it with `--sign`: that publishes it as yours"
+        )
+        invocation.out.warning(f"nobody signed {entry.name}, so peers quarantine it", again)
 
 
 @app.command("ls")

@@ -17,6 +17,7 @@ from arrowmoe.swarm import Swarm
 from federation.admission import Policy as AdmissionPolicy
 from federation.client import LoRAFlightClient
 from federation.errors import FederationError, NotApprovedError, TransportError
+from federation.pace import Pace
 from federation.peer import Peer
 from registry.digest import Digest
 from registry.entries import Origin
@@ -126,7 +127,7 @@ def test_a_pace_holds_for_syncs_and_for_candidates(registries: tuple[Registry, R
     entries = [far.publish(card) for card in cards]
     with (
         Swarm(far, name="far", discovery=False) as other,
-        Swarm(here, name="here", discovery=False, peers=[other.address], bytes_per_s=2 * cards[0].nbytes) as swarm,
+        Swarm(here, name="here", discovery=False, peers=[other.address], pace=Pace(2 * cards[0].nbytes)) as swarm,
     ):
         swarm.look()
         for take in (lambda: swarm.fetch(entries[0].digest), swarm.sync):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from federation.client import LoRAFlightClient
 from federation.credentials import Credentials
+from federation.pace import Pace
 from federation.pushing import push
 from registry.store import Registry
 
@@ -20,7 +21,7 @@ def main(home: str, address: str, digest: str, bytes_per_s: str) -> None:
         with LoRAFlightClient(address, credentials=credentials) as client:
             client.health()
             print("begun", flush=True)
-            (pushed,) = push(client, [registry.get(digest)], bytes_per_s=float(bytes_per_s))
+            (pushed,) = push(client, [registry.get(digest)], pace=Pace(float(bytes_per_s)))
             print(pushed.error or "pushed", flush=True)
 
 

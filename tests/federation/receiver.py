@@ -10,6 +10,7 @@ from pathlib import Path
 
 from federation.board import Holder, Wanted
 from federation.client import LoRAFlightClient
+from federation.pace import Pace
 from federation.transfer import transfer
 from registry.digest import Digest
 from registry.entries import Origin
@@ -21,7 +22,7 @@ def main(home: str, address: str, digest: str, bytes_per_s: str) -> None:
         holder = Holder(source=client, origin=Origin(peer_id="0" * 32, address=address))
         wanted = Wanted(digest=Digest(digest), label="large", nbytes=1, holders=(holder,))
         print("begun", flush=True)
-        (outcome,) = transfer(registry, [wanted], bytes_per_s=float(bytes_per_s))
+        (outcome,) = transfer(registry, [wanted], pace=Pace(float(bytes_per_s)))
         print(outcome.failures or "come", flush=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from federation.pace import Pace
 from federation.peer import Peer
 from federation.sync import SyncProgress, sync
 from registry.store import Registry
@@ -19,7 +20,7 @@ def main(home: str, catalog_url: str, address: str, bytes_per_s: str) -> None:
 
     with Registry.open(Path(home), catalog_url=catalog_url) as registry:
         print(0, flush=True)
-        report = sync(registry, [Peer.at(address)], on_progress=say, bytes_per_s=float(bytes_per_s))
+        report = sync(registry, [Peer.at(address)], on_progress=say, pace=Pace(float(bytes_per_s)))
     assert report.ok, report
 
 

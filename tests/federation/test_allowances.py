@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from federation import limits
-from federation.allowances import NO_LIMIT, Budget, Pace, crowd_of
+from federation.allowances import NO_LIMIT, Bucket, Budget, crowd_of
 
 
 @pytest.mark.parametrize(
@@ -54,22 +54,22 @@ def test_what_a_call_took_too_much_is_not_forgiven_by_its_end() -> None:
 
 
 def test_a_pace_lets_so_many_bytes_pass_in_a_second_and_saves_up_only_a_little() -> None:
-    pace = Pace(1_000_000, now=100.0)
-    assert pace.waits
+    bucket = Bucket(1_000_000, now=100.0)
+    assert bucket.waits
     passed, clock = 0, 100.0
     for _ in range(100):
         clock += 0.01
-        assert pace.refilled(clock)
-        passed += pace.left()
-        pace.take(pace.left())
-        assert pace.waits
+        assert bucket.refilled(clock)
+        passed += bucket.left()
+        bucket.take(bucket.left())
+        assert bucket.waits
     assert passed == pytest.approx(1_000_000, rel=0.01)
-    assert pace.refilled(clock + 3600)
-    assert pace.left() <= 1_000_000 * limits.PACE_BURST_S
+    assert bucket.refilled(clock + 3600)
+    assert bucket.left() <= 1_000_000 * limits.PACE_BURST_S
 
 
 def test_without_a_pace_everything_passes() -> None:
-    pace = Pace(None)
-    pace.take(1 << 50)
-    assert not pace.waits
-    assert pace.left() == NO_LIMIT
+    bucket = Bucket(None)
+    bucket.take(1 << 50)
+    assert not bucket.waits
+    assert bucket.left() == NO_LIMIT

@@ -20,8 +20,10 @@ import pyarrow as pa
 import pytest
 
 from federation import wire
+from federation.admission import Policy
 from federation.client import LoRAFlightClient
 from federation.credentials import Credentials
+from federation.entrance import Entrance
 from federation.peer import Peer
 from federation.server import LoRAFlightServer
 from federation.sync import sync
@@ -204,7 +206,9 @@ def test_a_removed_card_offered_anew_does_not_come_back(
     with serving_liar(removed) as liar:
         offer = entry_of(removed, publisher=None if hides_the_publisher else theirs.identity.id)
         liar.results[wire.ACTION_CHANGES] = lambda: iter([changes_of([offer])])
-        (report,) = sync(ours, [Peer.at(liar.address)]).peers
+        entrance = Entrance(ours, Policy(unknown_publishers="accept"))
+        (report,) = sync(ours, [Peer.at(liar.address)], entrance=entrance).peers
+    assert report.bytes_moved == 0
     assert bool(report.missing) == hides_the_publisher
     assert all("so it cannot come back" in why for _, why in report.failed)
     assert len(report.failed) == hides_the_publisher

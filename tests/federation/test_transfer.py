@@ -11,6 +11,7 @@ from federation import limits
 from federation.board import Holder
 from federation.client import LoRAFlightClient
 from federation.errors import FederationError
+from federation.pace import Pace
 from federation.server import LoRAFlightServer
 from federation.transfer import CardOutcome, TransferProgress, transfer
 from registry.arrivals import Arrival
@@ -319,7 +320,7 @@ def test_a_cancelled_transfer_ends_soon_and_keeps_what_came(ours: Registry, larg
 
 def test_a_transfer_keeps_to_its_pace(ours: Registry, large: LoRACard) -> None:
     started = time.monotonic()
-    transfer(ours, [wanted(large, holder_of(holding(large)))], bytes_per_s=64 * MIB)
+    transfer(ours, [wanted(large, holder_of(holding(large)))], pace=Pace(64 * MIB))
     assert time.monotonic() - started >= 0.9 * large.nbytes / (64 * MIB)
     check(ours, large)
 

@@ -17,6 +17,7 @@ import pytest
 from federation import limits
 from federation.board import Holder
 from federation.client import LoRAFlightClient
+from federation.pace import Pace
 from federation.server import LoRAFlightServer
 from federation.transfer import transfer
 from registry.card import LoRACard
@@ -97,7 +98,7 @@ def test_a_killed_sender_costs_at_most_a_block_of_each_stream(
         with sending(theirs) as (process, address), LoRAFlightClient(address) as client:
             holder = Holder(source=client, origin=Origin(peer_id=theirs.identity.id, address=address))
             watch = killing(process, kill_after)
-            (outcome,) = transfer(ours, [wanted(card, holder)], on_progress=watch, bytes_per_s=64 * MIB)
+            (outcome,) = transfer(ours, [wanted(card, holder)], on_progress=watch, pace=Pace(64 * MIB))
         moved += sum(outcome.moved.values())
         assert all(report.ok for report in ours.verify())
         assert (outcome.entry is None) == (ours.list() == [])
@@ -124,7 +125,7 @@ def test_the_next_peer_goes_on_where_the_last_one_died(
                 for number, (client, address) in enumerate(zip((first, second), addresses, strict=True))
             ]
             watch = killing(dying, 6)
-            (outcome,) = transfer(ours, [wanted(card, *holders)], on_progress=watch, bytes_per_s=64 * MIB)
+            (outcome,) = transfer(ours, [wanted(card, *holders)], on_progress=watch, pace=Pace(64 * MIB))
     assert outcome.entry is not None
     assert sum(outcome.moved.values()) == card.nbytes
     assert [report.ok for report in ours.verify()] == [True]

@@ -66,6 +66,16 @@ def test_a_file_is_kept_as_it_is_or_described_anew(cli: Cli, tmp_path: Path) -> 
     assert renamed["publisher"] == cli("node", "id", "-q").out.strip()
 
 
+def test_a_file_that_nobody_signed_is_named_and_may_be_signed(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "x.lora.arrow"
+    LoRAFormat.save(small_card("origami"), file)
+    assert "nobody signed origami" in cli("skills", "import", file).err
+    cli("skills", "rm", "origami@1", "--yes")
+    signed = cli("skills", "import", file, "--sign", "--json")
+    assert signed.err == ""
+    assert signed.json["publisher"] == cli("node", "id", "-q").out.strip()
+
+
 def test_what_is_not_there_or_no_card_is_refused(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "no.lora.arrow").write_bytes(b"nonsense")
     for source in (tmp_path / "missing", tmp_path / "no.lora.arrow", tmp_path):
