@@ -62,7 +62,7 @@ class Swarm:
     `peers` are addresses HOST:PORT that are always asked; `discovery` finds more by mDNS on `interfaces`. Off
     loopback only approved peers are asked and answered, unless `open` says that everyone may read every card. `policy`
     says which of their cards come in; without one a card of an unknown publisher waits where unknown nodes do.
-    `pace` bounds all transfers of cards to here together. `push_from`: nodes that may push cards here (`uploads.accepting`).
+    `pace` bounds all that is fetched together. `push_from`: nodes that may push cards here (`uploads.accepting`).
     """
 
     def __init__(

@@ -29,7 +29,7 @@ from federation.uploads import (
 )
 from registry.card import LoRACard
 from registry.digest import digest_of
-from registry.errors import BusyDraftError, CardIntegrityError
+from registry.errors import BusyDraftError, CardIntegrityError, RegistryError
 from registry.format import LoRAFormat
 from registry.identity import Identity
 from registry.peers import PeerBook
@@ -53,7 +53,10 @@ class Direct:
 
     def ask(self, action: str, body: bytes = b"", *, more_s: float = 0.0) -> Generator[bytes, None, None]:
         self.sent.append((action, len(body)))
-        answers = [*self.uploads.actions(self.caller, "192.0.2.9", self._took_in)[action].answer(body)]
+        try:
+            answers = [*self.uploads.actions(self.caller, "192.0.2.9", self._took_in)[action].answer(body)]
+        except RegistryError as error:  # as a server tells it
+            raise PeerError(str(error)) from error
         if self.cut_after is not None and len(self.sent) > self.cut_after:
             self.cut_after = None
             raise TransferError("the line broke")
