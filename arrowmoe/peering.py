@@ -13,16 +13,22 @@ from arrowmoe.home import NodeRecord
 from arrowmoe.settings import Settings
 from arrowmoe.trust import policy_of
 from federation.circle import Circle
+from federation.condition import Condition
 from federation.discovery import addresses_of
 from federation.entrance import Entrance
 from federation.membership import JoinToken
 from federation.peer import Peer, format_address, is_loopback, parse_address, parse_id, shown_id
 from federation.sync import SyncReport, sync
 from registry.inventories import Inventories
-from registry.peers import KnownPeer, PeerBook
+from registry.peers import KnownPeer, PeerBook, PeerState
 from registry.store import Registry
 
 Json = dict[str, Any]
+_UNSEEN = {
+    PeerState.PENDING: Condition.PENDING,
+    PeerState.APPROVED: Condition.UNREACHABLE,
+    PeerState.BLOCKED: Condition.REFUSED,
+}
 
 
 def circle(registry: Registry, settings: Settings, record: NodeRecord | None = None) -> Circle:
@@ -119,6 +125,7 @@ def _unseen(peer: KnownPeer) -> Json:
         "name": peer.name,
         "address": peer.address or "",
         "source": "book",
+        "state": str(_UNSEEN[peer.state]),
         "alive": False,
         "error": "",
         "cards": 0,

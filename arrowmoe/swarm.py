@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from federation.admission import Policy
 from federation.backoff import Backoff
 from federation.board import Holder, Wanted
 from federation.circle import Circle, Company, pending_text
+from federation.condition import Condition
 from federation.diff import SyncFilter
 from federation.discovery import Discovery
 from federation.entrance import Entrance
@@ -109,6 +111,7 @@ class Swarm:
         self._discovery: Discovery | None = None
         self._statistics: dict[Digest, Statistics | None] = {}
         self._looking = threading.Lock()
+        self._syncing: Counter[str] = Counter()
         self._stack = ExitStack()
 
     def start(self) -> Self:
@@ -181,17 +184,21 @@ class Swarm:
         """Copy what of the `wanted` cards `peers` (or addresses; None: all known) offer and is not here."""
         chosen = self.company().asked if peers is None else [*map(_peer_of, peers)]
         self._review()
-        return sync(
-            self._registry,
-            chosen,
-            wanted=wanted,
-            dry_run=dry_run,
-            on_progress=on_progress,
-            connect=self.circle.connect,
-            entrance=self._entrance,
-            pace=self._pace,
-            cancelled=cancelled,
-        )
+        self._syncing.update(() if dry_run else map(_key, chosen))
+        try:
+            return sync(
+                self._registry,
+                chosen,
+                wanted=wanted,
+                dry_run=dry_run,
+                on_progress=on_progress,
+                connect=self.circle.connect,
+                entrance=self._entrance,
+                pace=self._pace,
+                cancelled=cancelled,
+            )
+        finally:
+            self._syncing.subtract(() if dry_run else map(_key, chosen))
 
     def look(self, *, everyone: bool = True) -> SyncReport:
         """Ask every known peer what it offers, and remember it in `offers`; introducers, whom they approved.
@@ -211,8 +218,16 @@ class Swarm:
             self.offers = _offers(report)
             known = self._statistics.copy()
             self._statistics = {digest: known[digest] for digest in self.offers if known.get(digest) is not None}
-        waiting = (PeerReport(peer=peer, error=pending_text(peer.node_id)) for peer in company.waiting)
-        return replace(report, peers=(*report.peers, *waiting))
+        waiting = (
+            PeerReport(peer=peer, error=pending_text(peer.node_id), condition=Condition.PENDING)
+            for peer in company.waiting
+        )
+        return replace(report, peers=(*map(self._told, asked, report.peers), *waiting))
+
+    def _told(self, asked: Peer, seen: PeerReport) -> PeerReport:
+        """A peer that lacks nothing but time is syncing."""
+        is_syncing = seen.condition is Condition.ONLINE and self._syncing[_key(asked)] > 0
+        return replace(seen, condition=Condition.SYNCING) if is_syncing else seen
 
     def _due(self, peers: Sequence[Peer]) -> list[Peer]:
         """Those that are not left alone for now."""

@@ -79,6 +79,7 @@ def peer(peer: Peer) -> Json:
 def peer_seen(report: PeerReport) -> Json:
     """A peer that was just asked what it offers; `lacking` is how much of that is not here."""
     return peer(report.peer) | {
+        "state": str(report.condition),
         "alive": report.error is None,
         "error": report.error,
         "cards": report.offered,
@@ -156,6 +157,29 @@ def generation(made: Generation) -> Json:
         "logprob_nats": float(made.logprob_nats),
         "finish_reason": str(made.finish_reason),
         "signal": made.signal,
+    }
+
+
+def adapters(base: str, memory: Memory, residences: Sequence[Residence]) -> Json:
+    """What the adapters of one base model take, and where each of them is."""
+    return {
+        "base": base,
+        "bytes": {"slots": memory.slots, "budget": memory.budget, "layouts": memory.layouts, "host": memory.host},
+        "adapters": [
+            {
+                "digest": one.digest,
+                "name": one.name,
+                "tier": one.tier,
+                "nbytes": one.nbytes,
+                "uses": one.uses,
+                "used_at": None if one.used_at is None else one.used_at.isoformat(timespec="seconds"),
+                "pinned": one.pinned,
+                "priority": one.priority,
+                "in_flight": one.in_flight,
+                "leaving": one.leaving,
+            }
+            for one in residences
+        ],
     }
 
 

@@ -19,6 +19,7 @@ from typing import Protocol, Self, TypeAlias
 from federation import diff, limits, wire
 from federation.board import Holder, Source, Wanted
 from federation.client import LoRAFlightClient
+from federation.condition import Condition
 from federation.diff import SyncFilter
 from federation.entrance import Entrance
 from federation.errors import FederationError, PeerError
@@ -84,6 +85,7 @@ class PeerReport:
 
     peer: Peer
     error: str | None = None
+    condition: Condition = Condition.ONLINE
     offered: int = 0
     missing: tuple[InventoryEntry, ...] = ()
     removed: tuple[Tombstone, ...] = ()
@@ -157,7 +159,7 @@ class _Link:
 
     peer: Peer
     client: PeerClient
-    error: str | None = None
+    error: FederationError | None = None
     offered: int = 0
     missing: list[InventoryEntry] = field(default_factory=list)
     removed: list[Tombstone] = field(default_factory=list)
@@ -172,10 +174,18 @@ class _Link:
         """What the catalog will say of cards that came from there."""
         return Origin(peer_id=self.peer.node_id, address=self.peer.address)
 
+    @property
+    def condition(self) -> Condition:
+        if self.error is not None:
+            return Condition.after(self.error)
+        lacking = {entry.digest for entry in self.missing} - {entry.digest for entry in self.fetched}
+        return Condition.ONLINE if lacking else Condition.UP_TO_DATE
+
     def report(self) -> PeerReport:
         return PeerReport(
             peer=self.peer,
-            error=self.error,
+            error=None if self.error is None else str(self.error),
+            condition=self.condition,
             offered=self.offered,
             missing=tuple(self.missing),
             removed=tuple(self.removed),
@@ -199,7 +209,7 @@ def _hear(link: _Link, registry: Registry, wanted: SyncFilter) -> None:
         link.offered = inventories.count(health.node_id)
         link.missing = _missing(registry, inventories.lacking(health.node_id), wanted)
     except FederationError as error:
-        link.error = str(error)
+        link.error = error
         _log.warning("peer_failed", peer=link.peer.address, error=str(error), kind=type(error).__name__)
     link.seconds += time.monotonic() - started
 

@@ -152,7 +152,7 @@ def _show(invocation: App, seen: list[dict[str, Any]]) -> None:
             _grouped(peer["node_id"]),
             peer["source"],
             peer["standing"],
-            "alive" if peer["alive"] else peer["error"],
+            f"{peer['state']}: {peer['error']}" if peer["error"] else peer["state"],
             peer["cards"] if peer["alive"] else "",
             peer["lacking"] if peer["alive"] else "",
         )

@@ -137,6 +137,24 @@ def test_a_pace_holds_for_syncs_and_for_candidates(registries: tuple[Registry, R
     assert here.digests() == {entry.digest for entry in entries}
 
 
+def test_a_peer_is_online_then_syncing_then_up_to_date(registries: tuple[Registry, Registry]) -> None:
+    here, far = registries
+    far.publish(small_card("one"))
+    during: list[str] = []
+    with (
+        Swarm(far, name="far", discovery=False) as other,
+        Swarm(here, name="here", discovery=False, peers=[other.address]) as swarm,
+    ):
+
+        def states() -> list[str]:
+            return [str(peer.condition) for peer in swarm.look().peers]
+
+        assert states() == ["online"]
+        swarm.sync(on_progress=lambda _: during.extend(states()) if not during else None)
+        assert during == ["syncing"]
+        assert states() == ["up to date"]
+
+
 def test_a_strangers_card_waits_until_its_publisher_is_approved(registries: tuple[Registry, Registry]) -> None:
     here, far = registries
     entry = far.publish(small_card("one"))

@@ -68,11 +68,14 @@ def test_two_nodes_sync_cards(make_home: Callable[[str], Path]) -> None:
         address = giver.ready["address"]
         with node_process(ours, "--name", "ours", "--peer", address):
             (peer,) = json.loads(command(ours, "peers", "ls", "--json").stdout)
-            assert (peer["name"], peer["alive"], peer["lacking"]) == ("theirs", True, 5)
+            assert (peer["name"], peer["state"], peer["lacking"]) == ("theirs", "online", 5)
             report = json.loads(command(ours, "skills", "sync", "--json").stdout)
             assert {card["digest"] for card in report["peers"][0]["fetched"]} == digests
             again = json.loads(command(ours, "skills", "sync", "--peer", address, "--json").stdout)
             assert (again["ok"], again["fetched"], again["bytes_moved"]) == (True, 0, 0)
+            assert [row["state"] for row in json.loads(command(ours, "peers", "ls", "--json").stdout)] == ["up to date"]
+            giver.end(signal.SIGKILL)
+            assert [row["state"] for row in json.loads(command(ours, "peers", "ls", "--json").stdout)] == ["unreachable"]
     assert set(command(ours, "skills", "ls", "-q").stdout.split()) == digests
     assert all(one["ok"] for one in json.loads(command(ours, "skills", "verify", "--json").stdout))
 
@@ -106,6 +109,8 @@ def test_three_nodes_become_peers_by_invitations_and_share_a_card(tmp_path: Path
         node_id = json.loads(command(carl, "node", "id", "--json").stdout)["node_id"]
         assert command(anna, "peers", "block", node_id).returncode == 0
         eventually(lambda: standing(bert)["carl"][0] == "pending")
+        rows = json.loads(command(bert, "peers", "ls", "--json").stdout)
+        assert {row["name"]: row["state"] for row in rows}["carl"] == "pending"
         assert "has blocked" in command(carl, "peers", "ls", "--json").stdout
         assert json.loads(command(anna, "peers", "rm", node_id, "--json").stdout)["state"] == "blocked"
         assert "carl" not in standing(anna)
