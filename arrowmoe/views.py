@@ -160,29 +160,6 @@ def generation(made: Generation) -> Json:
     }
 
 
-def adapters(base: str, memory: Memory, residences: Sequence[Residence]) -> Json:
-    """What the adapters of one base model take, and where each of them is."""
-    return {
-        "base": base,
-        "bytes": {"slots": memory.slots, "budget": memory.budget, "layouts": memory.layouts, "host": memory.host},
-        "adapters": [
-            {
-                "digest": one.digest,
-                "name": one.name,
-                "tier": one.tier,
-                "nbytes": one.nbytes,
-                "uses": one.uses,
-                "used_at": None if one.used_at is None else one.used_at.isoformat(timespec="seconds"),
-                "pinned": one.pinned,
-                "priority": one.priority,
-                "in_flight": one.in_flight,
-                "leaving": one.leaving,
-            }
-            for one in residences
-        ],
-    }
-
-
 def _decision(gates: Gates) -> Json:
     """The decision of row 0; gates that were given by hand have none."""
     decision: Decision | None = gates.decisions[0] if gates.decisions else None
