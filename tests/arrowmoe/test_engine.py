@@ -107,20 +107,14 @@ def test_a_stream_keeps_its_adapter_whatever_is_computed_in_between(tmp_path: Pa
     assert [done["second"][row] for row in range(3)] == expected
 
 
-def test_an_adapter_removed_under_a_stream_finishes_it_and_is_gone_then(tmp_path: Path) -> None:
+def test_an_adapter_removed_under_a_stream_is_an_error_not_the_bare_base(tmp_path: Path) -> None:
     engine = llama_engine()
     engine.load_lora(card_for(engine, tmp_path, "one", 0))
-    expected = engine.generate(TEXTS[:1], adapter="one", max_new_tokens=8)[0].tokens
     stream = engine.generate(TEXTS[:1], adapter="one", max_new_tokens=8, stream=True)
     next(stream)
-    assert engine.remove_lora("one")
-    assert engine.list_loras() == []
+    engine.remove_lora("one")
     with pytest.raises(UnknownAdapterError):
-        engine.generate(TEXTS[:1], adapter="one", max_new_tokens=8)
-    (answer,) = [chunk.generation for chunk in stream if chunk.generation is not None]
-    assert (answer.tokens, dict(answer.adapters)) == (expected, {"one": 1.0})
-    assert engine.residences() == []
-    assert engine.memory().slots == 0
+        list(stream)
 
 
 def test_a_new_version_in_the_registry_is_used_at_once(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from transformers import (
 )
 
 from arrowmoe.base_model import BaseModel
-from arrowmoe.batching import Batching
 from arrowmoe.errors import EngineError, PromptError
-from arrowmoe.generation import Chunk, Prompt, Sampling
+from arrowmoe.generation import Sampling, decode
 from arrowmoe.lora.manager import LoRAManager
+from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from tests.arrowmoe.tiny import base
 from tests.peft_models import VOCABULARY, load_peft, make_peft, tiny_gpt2, tiny_llama
@@ -50,26 +49,10 @@ def reference(model: torch.nn.Module, tiny: BaseModel, prompt: str) -> list[int]
     return out[0, ids.shape[1] :].tolist()
 
 
-def decode(
-    tiny: BaseModel,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    manager: LoRAManager | None = None,
-    weights: Sequence[Mapping[str, float]] | None = None,
-) -> Iterator[Chunk]:
-    """Chunks of one call that has a batch for itself, with the bare base unless `weights` say other."""
-    manager = manager or LoRAManager(tiny.model)
-    batching = Batching(tiny, plan=manager.plan, running=manager.running)
-    return batching.generate(prompts, weights or [{}] * len(prompts), sampling)
-
-
-def made(chunks: Iterator[Chunk], rows: int) -> list[list[int]]:
-    done = {chunk.row: chunk.generation for chunk in chunks if chunk.generation}
-    return [list(done[row].tokens) for row in range(rows)]
-
-
 def tokens(tiny: BaseModel, prompts: list[str] = PROMPTS, **sampling: object) -> list[list[int]]:
-    return made(decode(tiny, prompts, Sampling(**{"max_new_tokens": NEW, **sampling})), len(prompts))
+    settings = Sampling(**{"max_new_tokens": NEW, **sampling})
+    done = {c.row: c.generation for c in decode(tiny, prompts, settings) if c.generation}
+    return [list(done[row].tokens) for row in range(len(prompts))]
 
 
 def tiny_mistral() -> PreTrainedModel:
@@ -103,9 +86,9 @@ def test_greedy_decoding_of_mixed_rows_equals_peft(make, tmp_path: Path) -> None
     manager = LoRAManager(model)
     for card in cards:
         manager.apply_card(card)
-    weights: list[dict[str, float]] = [{cards[0].digest: 1.0}, {}, {cards[1].digest: 1.0}]
-    found = made(decode(base(model), PROMPTS, Sampling(max_new_tokens=NEW), manager, weights), len(PROMPTS))
-    assert found == expected
+    gates = Gates.of([{cards[0].digest: 1.0}, {}, {cards[1].digest: 1.0}], {card.digest: card.name for card in cards})
+    with manager.gated(gates):
+        assert tokens(base(model)) == expected
     assert tokens(base(model)) != expected
 
 
