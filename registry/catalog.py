@@ -130,6 +130,13 @@ class Catalog:
         with self._database.reading() as session:
             return _entry(session, _resolve(session, ref, quarantined=quarantined))
 
+    def labelled(self, name: str, version: str) -> CardEntry | None:
+        """The card that `name@version` means, if there is one."""
+        which = select(LabelRow).where(LabelRow.name == name, LabelRow.version == version)
+        with self._database.reading() as session:
+            best = newest(listing.labels(session, which))
+            return None if best is None else _entry(session, best.digest)
+
     def held_from(self, peer_id: str) -> Holding:
         """How much came from the peer and is still here."""
         count = select(func.count(), func.coalesce(func.sum(CardRow.nbytes), 0)).select_from(CardRow)
@@ -362,6 +369,8 @@ def _by_prefix(session: Session, ref: str) -> Digest | None:
 
 
 def _unknown(session: Session, ref: str) -> UnknownCardError:
+    if is_digest(ref):
+        return UnknownCardError(f"no card is known as {ref!r}", hint="`arrowmoe skills sync` may bring it")
     names = sorted(set(session.scalars(select(LabelRow.name))))
     close = get_close_matches(ref.partition("@")[0], names, n=3)
     if close == [ref.partition("@")[0]]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from registry.blobs import BlobStore
 from registry.card import LoRACard
 from registry.catalog import Catalog
-from registry.errors import CardError, MissingFileError, UnknownCardError
+from registry.errors import CardError, MissingFileError
 from registry.identity import Identity
 
 
@@ -34,9 +34,8 @@ class Signer:
 
         None if the label is free. Raises `LabelTakenError`.
         """
-        try:
-            entry = self._catalog.entry(f"{card.name}@{card.version}")
-        except UnknownCardError:
+        entry = self._catalog.labelled(card.name, card.version)
+        if entry is None:
             return None
         known = self._with_epoch(card, entry.epoch)  # the same bytes would heal a file that is lost or damaged
         if known.digest == entry.digest:
