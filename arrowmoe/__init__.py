@@ -151,7 +151,7 @@ _LAZY_MODULES = frozenset(
     {
         *("healing", "inference", "operations", "peer_checks", "peering", "pushing", "training", "views"),
         *("evolution_commands", "evolution_view", "signal_view", "signalling"),
-        *("router_commands", "router_training", "router_trials", "router_view"),
+        *("bench_commands", "router_commands", "router_training", "router_trials", "router_view"),
     }
 )
 _MODULE_OF_NAME = {name: module for module, names in _NAMES_OF_MODULE.items() for name in names}

@@ -11,30 +11,34 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 
 import arrowmoe
+from arrowmoe.arguments import Adapter, by_digest, per_row, prompt_text, refuse_one_string
 from arrowmoe.base_model import BaseModel, Kind, load_base_model
 from arrowmoe.base_names import same_base
+from arrowmoe.batching import Batching
 from arrowmoe.encoding import encode_batch
-from arrowmoe.errors import AdapterMismatchError, EngineError, GateError, PromptError, RoutingError, UnknownAdapterError
+from arrowmoe.errors import AdapterMismatchError, EngineError, GateError, RoutingError, UnknownAdapterError
 from arrowmoe.features import Vectors
-from arrowmoe.generation import Chunk, Generation, Prompt, Sampling, decode
+from arrowmoe.generation import Chunk, Generation, Prompt, Sampling
+from arrowmoe.lora.costs import Prices
 from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
 from arrowmoe.lora.plan import Plan
-from arrowmoe.routing.gates import Decision, Gates
+from arrowmoe.lora.tiers import Memory, Residence
+from arrowmoe.routing.gates import Gates
+from arrowmoe.routing.seams import Observer, TextRouter
 from arrowmoe.routing.statistics import CardStatistics
 from arrowmoe.swarm import Swarm
 from federation.errors import FederationError
 from federation.sync import SyncProgress, SyncReport
 from registry.card import LoRACard
-from registry.entries import CardEntry
 from registry.errors import RegistryError
 from registry.format import LoRAFormat
 from registry.store import Registry
@@ -47,40 +51,40 @@ if TYPE_CHECKING:
     from evolution.skill_distiller import Recipe
     from evolution.survey import Surveying
 
-Mixture = Mapping[str, float]
-Adapter = str | Mixture | Sequence["str | Mixture | None"] | Gates | None
 BATCH_ROWS = 32
-
-
-class TextRouter(Protocol):
-    """What the engine asks for `adapter="auto"`."""
-
-    def route_texts(self, texts: Sequence[str], *, base: str) -> Gates:
-        """Gates with one row per text, over the cards made for base model `base`."""
-
-    def register_card(self, card: CardEntry, statistics: CardStatistics | None = None) -> None:
-        """A card arrived that may be chosen from now on."""
-
-
-class Observer(Protocol):
-    """What is told of every routed request (`arrowmoe.signalling`)."""
-
-    def saw(self, base: str, text: str, decision: Decision, generation: Generation | None) -> str | None:
-        """An id that feedback may refer to; None where the request was not kept."""
+HOST_BYTES = 4 << 30
 
 
 class ArrowEngine:
     """A base model with adapters. Calls may come from several threads; forward passes run one at a time."""
 
-    def __init__(self, base: BaseModel, *, registry: Registry | None = None, router: TextRouter | None = None) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        registry: Registry | None = None,
+        router: TextRouter | None = None,
+        budget_bytes: int | None = None,
+        host_bytes: int = HOST_BYTES,
+        prices: Prices | None = None,
+    ) -> None:
+        """Adapters take at most `budget_bytes` of the device (None: no bound); the least used make room for others.
+
+        Beside a CUDA device, `host_bytes` of pinned memory keep those that left it. `prices` are what was measured here
+        (`arrowmoe bench tune`).
+        """
         self.base = base
         self.registry = registry
         self.router = router
         self.observer: Observer | None = None
-        self._manager = LoRAManager(base.model)
+        self._manager = LoRAManager(
+            base.model, budget_bytes=budget_bytes, host_bytes=host_bytes, find=self._card_again, prices=prices
+        )
         self._names: dict[str, str] = {}
+        self._cards: dict[str, LoRACard] = {}
         self._swarm: Swarm | None = None
         self._lock = threading.RLock()
+        self._batching = Batching(base, plan=self._plan, running=self._computing)
 
     @classmethod
     def from_pretrained(
@@ -111,16 +115,16 @@ class ArrowEngine:
         or the registry's and the format's own errors.
         """
         card = self._card(source)
+        self.hold(card)
         with self._lock:
-            self.hold(card)
             self._names[card.name] = card.digest
         return card.name
 
     def hold(self, card: LoRACard) -> LoadedLoRA:
         """Load a card that is asked for by its digest; what its name means stays as it is. Raises as `load_lora`."""
-        self._check_base(card)
-        with self._lock:
-            return self._manager.apply_card(card)
+        loaded = self._hold(card)
+        self._cards[card.digest] = card
+        return loaded
 
     def remove_lora(self, name: str) -> bool:
         """Take an adapter out, by name or digest; whether it was there. Without adapters the base is bit-identical."""
@@ -128,11 +132,32 @@ class ArrowEngine:
             meant = {self._names.pop(name)} if name in self._names else self._called(name)
             self._names = {known: digest for known, digest in self._names.items() if digest not in meant}
             removed = [self._manager.remove_card(digest) for digest in meant]
+            for digest in meant:
+                self._cards.pop(digest, None)
             return any(removed)
 
     def list_loras(self) -> list[LoadedLoRA]:
-        """The loaded adapters, in loading order."""
+        """The loaded adapters, in loading order, wherever they are now (`residences`)."""
         return self._manager.loaded()
+
+    def keep_lora(self, name: str, *, pinned: bool | None = None, priority: int | None = None) -> None:
+        """Pin an adapter, by name or digest, to the device, or have those of lower `priority` (0) leave before it.
+
+        Raises as `generate` does for an adapter.
+        """
+        digest = self._digest(name)
+        with self._lock:
+            self._manager.keep(digest, pinned=pinned, priority=priority)
+
+    def residences(self) -> list[Residence]:
+        """Where each adapter is, what it takes, and what uses it."""
+        with self._lock:
+            return self._manager.residences()
+
+    def memory(self) -> Memory:
+        """What adapters take of the device and the host."""
+        with self._lock:
+            return self._manager.memory()
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Texts → (n, d) float32, by the bare base model."""
@@ -140,15 +165,13 @@ class ArrowEngine:
 
     def encode_with_lora(self, texts: Sequence[str], adapter: Adapter = "auto") -> Vectors:
         """Texts → (n, d) float32. `adapter` is as for `generate`."""
-        _refuse_one_string("texts", texts)
+        refuse_one_string("texts", texts)
         gates = self.resolve(adapter, texts)
         vectors = np.zeros((len(texts), self.base.d_model), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for start in range(0, len(texts), BATCH_ROWS):
             rows = by_length[start : start + BATCH_ROWS]
-            with self._lock:
-                plan = self._manager.plan(gates.rows(rows))
-            with self._computing(plan):
+            with self.computing(gates.rows(rows)):
                 vectors[rows] = encode_batch(self.base, [texts[row] for row in rows])
         for row, text in enumerate(texts):
             self._saw(text, gates, row)
@@ -165,6 +188,7 @@ class ArrowEngine:
         top_p: float = ...,
         stop: Sequence[str] = ...,
         seed: int | None = ...,
+        timeout_s: float | None = ...,
         stream: Literal[False] = ...,
     ) -> list[Generation]: ...
 
@@ -179,6 +203,7 @@ class ArrowEngine:
         top_p: float = ...,
         stop: Sequence[str] = ...,
         seed: int | None = ...,
+        timeout_s: float | None = ...,
         stream: Literal[True],
     ) -> Iterator[Chunk]: ...
 
@@ -192,25 +217,27 @@ class ArrowEngine:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        timeout_s: float | None = None,
         stream: bool = False,
     ) -> list[Generation] | Iterator[Chunk]:
-        """Answer `prompts` as one batch, whose rows may use different adapters.
+        """Answer `prompts`, whose rows may use different adapters; calls of several threads are computed together.
 
         A prompt is a string, completed as it is, or a list of `{"role", "content"}` messages. `adapter` is None (the
         bare base), a name, a mixture {name: weight}, a list with one of these per row, "auto" (routed) or `Gates`.
-        With `stream`, chunks come as they are made; between two of them the engine is free for other calls.
+        With `stream`, chunks come as they are made; between two of them the engine is free for other calls. Raises
+        `BusyError` where too many rows wait, and `DeadlineError` after `timeout_s`.
         """
         if self.base.kind != "causal":
             raise EngineError(f"{self.base.name} is an encoder, so it cannot generate", hint="use encode_with_lora()")
-        _refuse_one_string("prompts", prompts)
-        _refuse_one_string("stop strings", stop)
+        refuse_one_string("prompts", prompts)
+        refuse_one_string("stop strings", stop)
         sampling = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
         )
         if not prompts:
             return iter(()) if stream else []
         gates = self.resolve(adapter, [prompt_text(prompt) for prompt in prompts])
-        chunks = self._chunks(prompts, gates, sampling)
+        chunks = self._chunks(prompts, gates, sampling, timeout_s)
         if stream:
             return chunks
         done = {chunk.row: chunk.generation for chunk in chunks if chunk.generation is not None}
@@ -285,16 +312,16 @@ class ArrowEngine:
         )
 
     def resolve(self, adapter: Adapter, texts: Sequence[str]) -> Gates:
-        """What `adapter` means for rows with these `texts`: gates over loaded adapters, loaded here if need be."""
+        """What `adapter` means for rows with these `texts`: gates over known adapters, loaded here if they are new."""
         if isinstance(adapter, Gates):
             gates = adapter
         elif adapter == "auto":
             gates = self._route(texts)
         else:
-            rows = _per_row(adapter, len(texts))
+            rows = per_row(adapter, len(texts))
             digests = {name: self._digest(name) for name in dict.fromkeys(name for row in rows for name in row)}
             names = {loaded.digest: loaded.name for loaded in self._manager.loaded()}
-            gates = Gates.of([_by_digest(row, digests) for row in rows], names)
+            gates = Gates.of([by_digest(row, digests) for row in rows], names)
         if len(gates) != len(texts):
             raise GateError(f"expected gates for {len(texts)} rows, got {len(gates)}")
         for digest in gates.adapters:
@@ -304,17 +331,28 @@ class ArrowEngine:
     @contextmanager
     def computing(self, gates: Gates) -> Iterator[None]:
         """Be the only caller that runs forward passes, with `gates`: a row of them per row of the batch."""
-        with self._lock, self._manager.gated(gates):
+        ready = self._manager.prepare_missing(gates.adapters)
+        with self._lock, self._manager.running(self._manager.plan(gates, ready)):
             yield
+
+    def _hold(self, card: LoRACard) -> LoadedLoRA:
+        self._check_base(card)
+        with self._lock:
+            if card.digest in self._manager:
+                return self._manager.apply_card(card)
+        ready = self._manager.prepare(card)  # beside whatever is computed meanwhile
+        with self._lock:
+            return self._manager.put(ready)
 
     def _called(self, name: str) -> set[str]:
         """Digests of the loaded adapters of that name, or with that digest."""
         return {loaded.digest for loaded in self._manager.loaded() if name in (loaded.name, loaded.digest)}
 
-    def _chunks(self, prompts: Sequence[Prompt], gates: Gates, sampling: Sampling) -> Iterator[Chunk]:
-        with self._lock:
-            plan = self._manager.plan(gates)
-        for chunk in decode(self.base, prompts, sampling, lambda: self._computing(plan)):
+    def _chunks(
+        self, prompts: Sequence[Prompt], gates: Gates, sampling: Sampling, timeout_s: float | None
+    ) -> Iterator[Chunk]:
+        weights = [gates.weights_of(row) for row in range(len(gates))]
+        for chunk in self._batching.generate(prompts, weights, sampling, timeout_s=timeout_s):
             if chunk.generation is None:
                 yield chunk
             else:
@@ -327,6 +365,12 @@ class ArrowEngine:
         if self.observer is None or not gates.decisions:
             return None
         return self.observer.saw(self.name, text, gates.decisions[row], generation)
+
+    def _plan(self, gates: Gates, *, after: Plan | None = None) -> Plan | None:
+        """The plan of a batch. What is not on the device is made ready beside the forward passes of other batches."""
+        ready = self._manager.prepare_missing(gates.adapters)
+        with self._lock:
+            return self._manager.plan(gates, ready, after=after)
 
     @contextmanager
     def _computing(self, plan: Plan | None) -> Iterator[None]:
@@ -359,8 +403,16 @@ class ArrowEngine:
             )
         digest = self.registry.entry(name).digest
         if digest not in self._manager:
-            self.hold(self.registry.get(digest))
+            self._hold(self.registry.get(digest))
         return digest
+
+    def _card_again(self, digest: str) -> LoRACard:
+        """The card of an adapter that left the device: the one that was given, else the registry's."""
+        if (card := self._cards.get(digest)) is not None:
+            return card
+        if self.registry is None:
+            raise UnknownAdapterError(f"adapter {digest!r} was removed just now", hint="load it with load_lora()")
+        return self.registry.get(digest)
 
     def _card(self, source: str | Path | LoRACard) -> LoRACard:
         if isinstance(source, LoRACard):
@@ -381,43 +433,3 @@ class ArrowEngine:
                 f"card {card.name!r} was trained on {trained_on}, the engine runs {self.base.name}",
                 hint="load that base model; if it is the same one under another name, pass name= to from_pretrained()",
             )
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """What a router reads of a prompt: the string, or the last message of a user."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Mapping):
-        raise PromptError("expected a string or a list of messages, got one message", hint="put it in a list")
-    said = [message["content"] for message in prompt if message["role"] == "user"]
-    if not said:
-        raise PromptError("expected at least one message with role 'user'")
-    return said[-1]
-
-
-def _refuse_one_string(what: str, given: Sequence[object]) -> None:
-    if isinstance(given, str):
-        raise PromptError(f"expected a list of {what}, got one string", hint="put it in a list")
-
-
-def _per_row(adapter: str | Mixture | Sequence[str | Mixture | None] | None, rows: int) -> list[Mixture]:
-    """One mixture per row: the same for all, or one entry each."""
-    if adapter is None or isinstance(adapter, str | Mapping):
-        return [_mixture(adapter)] * rows
-    if len(adapter) != rows:
-        raise GateError(f"expected one adapter per row ({rows}), got {len(adapter)}")
-    return [_mixture(entry) for entry in adapter]
-
-
-def _mixture(entry: str | Mixture | None) -> Mixture:
-    if entry is None:
-        return {}
-    return {entry: 1.0} if isinstance(entry, str) else entry
-
-
-def _by_digest(row: Mixture, digests: Mapping[str, str]) -> dict[str, float]:
-    """Weights by digest; two names for one card add up."""
-    weights: dict[str, float] = {}
-    for name, weight in row.items():
-        weights[digests[name]] = weights.get(digests[name], 0.0) + weight
-    return weights

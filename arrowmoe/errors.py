@@ -6,8 +6,11 @@ ArrowMoEError (registry.errors)
     ├── UnknownAdapterError     no adapter of that name is loaded or in the registry
     ├── AdapterMismatchError    the card does not fit the base model: name, modules, shapes
     ├── UnsupportedCardError    the card is sound, but holds something this engine cannot compute
+    ├── AdapterMemoryError      no room for adapters: over the budget, or the device's memory is out
     ├── GateError               gates do not fit the batch
     ├── PromptError             a prompt cannot be computed: empty, too long, no chat template
+    ├── BusyError               too many rows wait; `retry_s` says when to ask again
+    ├── DeadlineError           the answer was not there in the time that the caller gave it
     └── RoutingError            a routed answer was asked for, and no router can give one
 """
 
@@ -36,12 +39,32 @@ class UnsupportedCardError(EngineError):
     """A card holds something that this engine cannot compute."""
 
 
+class AdapterMemoryError(EngineError):
+    """There is no room for adapters; `later` if there may be once the batches in flight are done."""
+
+    def __init__(self, message: str, *, hint: str | None = None, later: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.later = later
+
+
 class GateError(EngineError):
     """Gates do not fit the batch."""
 
 
 class PromptError(EngineError):
     """A prompt cannot be computed."""
+
+
+class BusyError(EngineError):
+    """Too many rows wait already; ask again in some `retry_s` seconds."""
+
+    def __init__(self, message: str, *, retry_s: float) -> None:
+        super().__init__(message, hint=f"ask again in {retry_s:.1f} s")
+        self.retry_s = retry_s
+
+
+class DeadlineError(EngineError):
+    """An answer was not there in time."""
 
 
 class RoutingError(EngineError):

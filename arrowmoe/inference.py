@@ -28,13 +28,15 @@ from registry.store import Registry
 from registry.tensor import Tensor
 
 if TYPE_CHECKING:
+    from arrowmoe.arguments import Adapter
     from arrowmoe.base_model import Kind
-    from arrowmoe.engine import Adapter, ArrowEngine, Observer
+    from arrowmoe.engine import ArrowEngine
     from arrowmoe.features import Featurizer, Vectors
     from arrowmoe.generation import Generation
     from arrowmoe.request import Answer
     from arrowmoe.routing import Gates, LoRARouter, Opinion, Policy
     from arrowmoe.routing.by_weights import ByWeights
+    from arrowmoe.routing.seams import Observer
     from arrowmoe.routing.statistics import CardStatistics
 
 log = get_logger(__name__)
@@ -207,6 +209,11 @@ class Inference:
         """Each model, its state (waiting, loading, ready, error), and the adapters it holds."""
         return [self._model_state(model, future) for model, future in self._engines.items()]
 
+    def adapters(self) -> list[dict[str, Any]]:
+        """Of each model that is ready: what its adapters take, and where each of them is."""
+        engines = [future.result() for future in self._engines.values() if _is_ready(future)]
+        return [arrowmoe.views.adapters(engine.name, engine.memory(), engine.residences()) for engine in engines]
+
     def _policy(self, changes: Mapping[str, Any] | None) -> Policy | None:
         """The settings' policy with `changes`; None for the router's own."""
         return dataclasses.replace(self.policy(), **changes) if changes else None
@@ -245,7 +252,13 @@ class Inference:
     def _load_engine(self, model: str) -> ArrowEngine:
         settings = self._settings
         base = arrowmoe.load_base_model(model, device=settings.device, dtype=settings.dtype, cache=settings.cache_dir)
-        engine = arrowmoe.ArrowEngine(base, registry=self._registry)
+        engine = arrowmoe.ArrowEngine(
+            base,
+            registry=self._registry,
+            budget_bytes=None if settings.engine.budget_mib is None else int(settings.engine.budget_mib * 2**20),
+            host_bytes=int(settings.engine.host_mib * 2**20),
+            prices=arrowmoe.bench_commands.prices(settings, base),
+        )
         engine.observer = self._observer
         return engine
 

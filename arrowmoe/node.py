@@ -38,7 +38,7 @@ from registry.logs import get_logger
 from registry.store import Registry
 
 if TYPE_CHECKING:
-    from arrowmoe.engine import Adapter
+    from arrowmoe.arguments import Adapter
     from arrowmoe.evolving import Evolution
     from arrowmoe.features import Vectors
     from arrowmoe.request import Answer

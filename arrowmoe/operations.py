@@ -79,6 +79,7 @@ def node_handlers(node: Served) -> Mapping[str, Handler]:
         "peers": lambda params, progress: [views.peer_seen(report) for report in node.peers()],
         "sync": sync_handler(node.sync),
         "restore": restore_handler(node.restore),
+        "ps": lambda params, progress: node.inference.adapters(),
         "route": _late("route", node),
         "ask": _late("ask", node),
         "generate": _late("generate", node),

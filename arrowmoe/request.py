@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from arrowmoe.engine import Adapter, ArrowEngine
+from arrowmoe.arguments import Adapter
+from arrowmoe.engine import ArrowEngine
 from arrowmoe.errors import RoutingError
 from arrowmoe.generation import Generation
 from arrowmoe.routing.gates import Gates

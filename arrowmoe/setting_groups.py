@@ -18,6 +18,19 @@ Pusher = Annotated[str, StringConstraints(pattern=r"^(approved|[0-9a-fA-F-]{32,3
 Pushers = Annotated[tuple[Pusher, ...], NoDecode, BeforeValidator(listed)]
 
 
+class EngineSettings(BaseModel):
+    """What adapters may take."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget_mib: float | None = Field(
+        default=None, gt=0, description="most memory that adapters take beside one base model, in MiB; none: no bound"
+    )
+    host_mib: float = Field(
+        default=4096.0, ge=0, description="most pinned memory for adapters that left a CUDA device, in MiB"
+    )
+
+
 class RouterSettings(BaseModel):
     """How prompts are sent to cards."""
 
@@ -150,6 +163,7 @@ class LogSettings(BaseModel):
 
 
 __all__ = [
+    "EngineSettings",
     "EvolutionSettings",
     "LogSettings",
     "Names",

@@ -37,6 +37,7 @@ from pydantic_settings import (
 
 import arrowmoe
 from arrowmoe.setting_groups import (
+    EngineSettings,
     EvolutionSettings,
     LogSettings,
     Names,
@@ -125,6 +126,7 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="element type of base models"
     )
+    engine: EngineSettings = EngineSettings()
     router: RouterSettings = RouterSettings()
     teacher: TeacherSettings = TeacherSettings()
     evolution: EvolutionSettings = EvolutionSettings()
@@ -153,6 +155,7 @@ class Settings(BaseSettings):
     def meaning(name: str) -> str:
         """What the setting with a dotted name is for."""
         groups: dict[str, type[BaseModel]] = {
+            "engine": EngineSettings,
             "router": RouterSettings,
             "teacher": TeacherSettings,
             "evolution": EvolutionSettings,
@@ -284,6 +287,7 @@ def _spelled(name: str, source: str) -> str:
 
 __all__ = [
     "ConfigurationError",
+    "EngineSettings",
     "EvolutionSettings",
     "Loaded",
     "LogSettings",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from federation.peer import Peer
@@ -13,6 +13,7 @@ from registry.entries import CardEntry, VerifyReport
 
 if TYPE_CHECKING:
     from arrowmoe.generation import Generation
+    from arrowmoe.lora.tiers import Memory, Residence
     from arrowmoe.request import Answer
     from arrowmoe.routing.gates import Candidate, Decision, Gates
     from evolution.budget import Standing
@@ -157,6 +158,29 @@ def generation(made: Generation) -> Json:
         "logprob_nats": float(made.logprob_nats),
         "finish_reason": str(made.finish_reason),
         "signal": made.signal,
+    }
+
+
+def adapters(base: str, memory: Memory, residences: Sequence[Residence]) -> Json:
+    """What the adapters of one base model take, and where each of them is."""
+    return {
+        "base": base,
+        "bytes": {"slots": memory.slots, "budget": memory.budget, "layouts": memory.layouts, "host": memory.host},
+        "adapters": [
+            {
+                "digest": one.digest,
+                "name": one.name,
+                "tier": one.tier,
+                "nbytes": one.nbytes,
+                "uses": one.uses,
+                "used_at": None if one.used_at is None else one.used_at.isoformat(timespec="seconds"),
+                "pinned": one.pinned,
+                "priority": one.priority,
+                "in_flight": one.in_flight,
+                "leaving": one.leaving,
+            }
+            for one in residences
+        ],
     }
 
 

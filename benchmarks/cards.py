@@ -126,8 +126,9 @@ def targets(times: Times, grown_mb: float) -> list[Target]:
             name="PEFT load_adapter / verified load and inject",
             value=times.median("peft_load") / usable,
             op=">=",
-            bar=5,
+            bar=20,
         ),
+        Target(name="verified load and inject / bare copy", value=usable / times.median("copy"), op="<=", bar=3),
     ]
 
 

@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from arrowmoe.arguments import Adapter
 from arrowmoe.base_model import BaseModel, default_cache, load_base_model
-from arrowmoe.engine import Adapter, ArrowEngine
+from arrowmoe.engine import ArrowEngine
 from arrowmoe.routing.dataset import RoutingExample
 from arrowmoe.routing.gates import Gates
 from arrowmoe.routing.generative import train_router_lora

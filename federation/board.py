@@ -86,6 +86,7 @@ class Board:
         self._waiting = deque(self.jobs)
         self._open: list[Job] = []
         self._streams: Counter[Holder] = Counter()
+        self._calls: Counter[Holder] = Counter()
         self._line_failures: Counter[Holder] = Counter()
         self._unsettled = len(self.jobs)
         for job in self.jobs:
@@ -99,12 +100,14 @@ class Board:
     def next(self) -> Task | None:
         """What one thread does next; None while all that is left is in others' hands. `ended` gives it back."""
         for job in self._open:
-            if job.parts and (holder := self._freest(job)) is not None:
+            if job.parts and (holder := self._freest(job, self._streams, limits.STREAMS_PER_PEER)) is not None:
                 return self._begun(Task(job=job, holder=holder, part=job.parts.popleft()))
         while self._waiting and self._waiting[0].settled:
             self._waiting.popleft()
+        # Each card that is opened takes its space on the disk, so with parts to fetch no more are opened than needed.
+        most = limits.STREAMS_PER_PEER if any(job.parts for job in self._open) else limits.CALLS_PER_PEER
         for index, job in enumerate(self._waiting):
-            if (holder := self._freest(job)) is not None:
+            if (holder := self._freest(job, self._calls, most)) is not None:
                 del self._waiting[index]
                 self._open.append(job)
                 return self._begun(Task(job=job, holder=holder))
@@ -113,7 +116,7 @@ class Board:
     def ended(self, task: Task) -> None:
         """A thread has let go of a task, whatever came of it; a card that never opened waits for another peer."""
         task.job.busy -= 1
-        self._streams[task.holder] -= 1
+        self._count(task, -1)
         if task.job.draft is None and not task.job.settled and task.job in self._open:
             self._open.remove(task.job)
             self._waiting.appendleft(task.job)
@@ -169,14 +172,19 @@ class Board:
         if job in self._open:
             self._open.remove(job)
 
-    def _freest(self, job: Job) -> Holder | None:
-        free = [holder for holder in job.holders if self._streams[holder] < limits.STREAMS_PER_PEER]
-        return min(free, key=lambda holder: self._streams[holder], default=None)
+    def _freest(self, job: Job, busy: Counter[Holder], most: int) -> Holder | None:
+        free = [holder for holder in job.holders if busy[holder] < most]
+        return min(free, key=lambda holder: busy[holder], default=None)
 
     def _begun(self, task: Task) -> Task:
         task.job.busy += 1
-        self._streams[task.holder] += 1
+        self._count(task, 1)
         return task
+
+    def _count(self, task: Task, change: int) -> None:
+        self._calls[task.holder] += change
+        if task.part is not None:
+            self._streams[task.holder] += change
 
     def _settle_if_hopeless(self, job: Job) -> None:
         if not (job.holders or job.busy or job.claimed or job.settled):

@@ -208,7 +208,10 @@ MAX_TRANSFER_STREAMS = 8
 """Streams that a transfer reads at once in all."""
 
 STREAMS_PER_PEER = 2
-"""Streams that a transfer reads at once from one peer."""
+"""Streams that a transfer reads at once from one peer: each may lose a batch when it is cut."""
+
+CALLS_PER_PEER = 6
+"""Streams and questions for cards, which bring small ones whole, that a transfer has open at once to one peer."""
 
 MAX_LINE_FAILURES = 4
 """A peer whose line failed so often in a row, without a part in between, is asked for nothing more in this transfer."""

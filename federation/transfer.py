@@ -115,7 +115,7 @@ class _Run:
     def outcomes(self) -> tuple[CardOutcome, ...]:
         """Run to the end; raises what a thread of ours or `on_progress` raised unexpectedly."""
         holders = {holder for job in self._board.jobs for holder in job.holders}
-        count = min(limits.MAX_TRANSFER_STREAMS, limits.STREAMS_PER_PEER * len(holders))
+        count = min(limits.MAX_TRANSFER_STREAMS, limits.CALLS_PER_PEER * len(holders))
         threads = [threading.Thread(target=self._work, name=f"arrowmoe-transfer-{n}") for n in range(count)]
         try:
             for thread in threads:

@@ -44,6 +44,7 @@ COMMANDS = {
     "ask": Command(module="arrowmoe.cli.ask", help="Answer a prompt with the card that fits it."),
     "feedback": Command(module="arrowmoe.cli.feedback", help="Say whether an answer was good."),
     "encode": Command(module="arrowmoe.cli.encode", help="Turn texts into vectors."),
+    "bench": Command(module="arrowmoe.cli.bench", help="Measure this machine, so that the engine computes well on it."),
     "demo": Command(module="arrowmoe.cli.demo", help="Show the main job on two nodes and real models."),
     "doctor": Command(module="arrowmoe.cli.doctor", help="Check this machine and this home."),
     "conformance": Command(module="arrowmoe.cli.conformance", help="Check another server against the protocol."),

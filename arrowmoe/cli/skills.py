@@ -15,6 +15,7 @@ from arrowmoe.cli.app import App, app_of, given, group
 from arrowmoe.cli.describing import MAX_STATISTICS_BYTES, MIN_PROMPTS, Budget, MinPrompts, show_described
 from arrowmoe.cli.evolving import evidence
 from arrowmoe.cli.output import short, size
+from arrowmoe.cli.skills_ps import ps
 from arrowmoe.cli.skills_push import push
 from arrowmoe.cli.skills_sync import found_here, sync
 from registry.errors import ArrowMoEError
@@ -290,6 +291,7 @@ def tag(
 
 app.command()(sync)
 app.command()(push)
+app.command()(ps)
 
 
 def _show_cards(invocation: App, cards: list[dict[str, Any]], empty: str) -> None:

@@ -1,4 +1,4 @@
-"""The gated low-rank sum, in two layouts that give the same numbers.
+"""The gated low-rank sum, in three layouts that give the same numbers.
 
     y += ((x · Aᵀ) ⊙ (G · s)) · B          G: (rows, adapters) gates, s: (adapters,) scaling
 
@@ -9,8 +9,11 @@ row computes all of them and its gates zero out what it did not choose. Best for
 multiplied in, and two batched products compute just what each row chose. Best for many adapters. `r` is the largest
 sum of ranks that one row uses, so a weighted mixture of two adapters works as one adapter of twice the rank.
 
-Which is cheaper is decided from sizes alone (`prefer_rows`); nothing here looks at gate values during a forward pass,
-so no device is ever waited for.
+*Segmented*: each adapter is applied once, to the rows that chose it; nothing is laid out and nothing computed in vain.
+Best for many tokens, and for adapters of very different ranks.
+
+Gates may also be (rows, tokens, adapters): every token chooses. Which layout is cheapest is decided from sizes alone
+(`arrowmoe.lora.costs`); nothing here looks at gate values during a forward pass, so no device is ever waited for.
 """
 
 from __future__ import annotations
@@ -20,9 +23,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# Reading one element costs about as much as this many multiply-adds (measured on two cores in fp32).
-_READ_COST = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Concatenated:
-    """Adapters in a row: `a` (Σr, d_in), `b` (Σr, d_out), `coefficients` (rows, Σr) or one number for all rows."""
+    """Adapters in a row: `a` (Σr, d_in), `b` (Σr, d_out); `coefficients` (rows[, tokens], Σr) or one number."""
 
     a: Tensor
     b: Tensor
@@ -56,38 +56,17 @@ class ByRow:
     b: Tensor
 
 
-def prefer_rows(rows: int, tokens: int, total_rank: int, row_rank: int) -> bool:
-    """Whether the by-row layout is cheaper for `tokens` per row; ranks are Σr of the batch and the largest of a row."""
-    concatenated = total_rank * (_READ_COST + rows * tokens)
-    by_row = rows * row_rank * (_READ_COST + tokens)
-    return by_row < concatenated
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segment:
+    """One adapter's part of the batch: `units` are rows, or tokens counted through all rows where every token chooses.
 
+    They are a slice, or indices (m,) on the device; `coefficients` G · s are (m,), or one number for all of them.
+    """
 
-def concatenate(adapters: Sequence[LowRank], coefficients: Tensor | float) -> Concatenated:
-    """Lay adapters out one after another; a single one is not copied."""
-    if len(adapters) == 1:
-        return Concatenated(a=adapters[0].a, b=adapters[0].b, coefficients=coefficients)
-    return Concatenated(
-        a=torch.cat([adapter.a for adapter in adapters]),
-        b=torch.cat([adapter.b for adapter in adapters]),
-        coefficients=coefficients,
-    )
-
-
-def lay_by_row(adapters: Sequence[LowRank], gates: Sequence[Sequence[tuple[int, float]]], rank: int) -> ByRow:
-    """Lay adapters out in row order; `gates` lists (adapter, weight) by row, `rank` bounds a row's sum of ranks."""
-    rows, d_in, d_out = len(gates), adapters[0].a.shape[1], adapters[0].b.shape[1]
-    a = adapters[0].a.new_zeros((rows, rank, d_in))
-    b = adapters[0].b.new_zeros((rows, rank, d_out))
-    for row, chosen in enumerate(gates):
-        start = 0
-        for index, weight in chosen:
-            adapter = adapters[index]
-            end = start + adapter.rank
-            a[row, start:end] = adapter.a
-            torch.mul(adapter.b, weight * adapter.scaling, out=b[row, start:end])
-            start = end
-    return ByRow(a=a.transpose(1, 2), b=b)
+    a: Tensor
+    b: Tensor
+    units: slice | Tensor
+    coefficients: Tensor | float
 
 
 def add_up(y: Tensor, hidden: Tensor, layout: Concatenated) -> Tensor:
@@ -95,11 +74,18 @@ def add_up(y: Tensor, hidden: Tensor, layout: Concatenated) -> Tensor:
     alpha = 1.0
     if isinstance(layout.coefficients, float):
         alpha = layout.coefficients
+    elif layout.coefficients.dim() == 3:
+        hidden = hidden * layout.coefficients
     else:
         rows, rank = layout.coefficients.shape
         hidden = hidden * layout.coefficients.view(rows, *[1] * (hidden.dim() - 2), rank)
     y.view(-1, y.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), layout.b, alpha=alpha)
     return y
+
+
+def add_joined(y: Tensor, x: Tensor, layout: Concatenated) -> Tensor:
+    """Add to y (rows, …, d_out), in place, the gated sum of all adapters at x (rows, …, d_in)."""
+    return add_up(y, torch.nn.functional.linear(x, layout.a), layout)
 
 
 def add_by_row(y: Tensor, x: Tensor, layout: ByRow) -> Tensor:
@@ -108,3 +94,25 @@ def add_by_row(y: Tensor, x: Tensor, layout: ByRow) -> Tensor:
     hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), layout.a)
     y.view(rows, -1, y.shape[-1]).baddbmm_(hidden, layout.b)
     return y
+
+
+def add_segments(y: Tensor, x: Tensor, segments: Sequence[Segment], units: int) -> Tensor:
+    """Add to y (rows, …, d_out), in place, each adapter's sum at its own part of x (rows, …, d_in), cut in `units`."""
+    x = x.reshape(units, -1, x.shape[-1])
+    out = y.view(units, -1, y.shape[-1])
+    for segment in segments:
+        _add_segment(out, x, segment)
+    return y
+
+
+def _add_segment(out: Tensor, x: Tensor, segment: Segment) -> None:
+    own = x[segment.units] if isinstance(segment.units, slice) else x.index_select(0, segment.units)
+    hidden, alpha = torch.nn.functional.linear(own, segment.a), 1.0
+    if isinstance(segment.coefficients, float):
+        alpha = segment.coefficients
+    else:
+        hidden = hidden * segment.coefficients.view(-1, 1, 1)
+    if isinstance(segment.units, slice):
+        out[segment.units].view(-1, out.shape[-1]).addmm_(hidden.flatten(0, 1), segment.b, alpha=alpha)
+    else:
+        out.index_add_(0, segment.units, hidden @ segment.b, alpha=alpha)

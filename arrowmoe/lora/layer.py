@@ -73,7 +73,7 @@ class LoRAEmbedding(Slotted):
         share = self.share()
         if share is None:
             return y
-        share.check_rows(ids)
+        share.check_rows(ids.shape)
         layout = share.concatenated()
         return add_up(y, nn.functional.embedding(ids, layout.a.T), layout)
 

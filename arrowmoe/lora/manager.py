@@ -1,40 +1,47 @@
-"""Puts adapters into a model and takes them out: which modules a card means, whether it fits, and the wrappers.
+"""Puts adapters into a model and takes them out, within a budget of memory on the device.
 
-Fail closed: a card that does not fit is refused whole, before anything is touched, with the module and shapes that
-differ. Taking the last adapter out of a module puts the original module back.
+Fail closed: a card that does not fit is refused whole, before anything is touched. An adapter that is known may be on
+the device or not; a plan brings what it uses and keeps it there for as long as the plan lives, so what a batch in
+flight uses is neither evicted nor gone before the batch is done. Where adapters are is decided in `tiers`.
+
+Not for several threads at once, but for `prepare`, which reads only what never changes: it may run beside a forward
+pass.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from arrowmoe.errors import AdapterMismatchError, UnknownAdapterError, UnsupportedCardError
-from arrowmoe.lora.kernels import LowRank
-from arrowmoe.lora.layer import GateContext, LoRABias, LoRAEmbedding, LoRALinear, Wrapper, dense_weight, shape_of
+from arrowmoe.errors import AdapterMemoryError, AdapterMismatchError, UnknownAdapterError
+from arrowmoe.lora.costs import Prices, default_prices
+from arrowmoe.lora.fitting import device_of, make_slot, match_modules, refuse_full
+from arrowmoe.lora.layer import GateContext, LoRABias, LoRAEmbedding, LoRALinear, Wrapper
 from arrowmoe.lora.plan import Plan
 from arrowmoe.lora.slots import Slot
-from arrowmoe.lora.tensors import to_torch
+from arrowmoe.lora.tiers import Claim, Kept, Memory, Residence, Tier, leavers
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from registry.logs import get_logger
-from registry.tensor import Role
-from registry.tensor import Tensor as CardTensor
 
 log = get_logger(__name__)
 
-Tensors = Mapping[Role, CardTensor]
+HOST = torch.device("cpu")
+Slots = Mapping[str, Slot]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedLoRA:
-    """An adapter that a model holds: its card, the modules it is in, and the bytes its slots take."""
+    """An adapter that a model can compute: its card, the modules it is in, and the bytes its slots take."""
 
     name: str
     digest: str
@@ -42,90 +49,210 @@ class LoadedLoRA:
     nbytes: int
 
 
-class LoRAManager:
-    """The adapters in one model, by card digest."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedLoRA:
+    """An adapter that fits, its slots in host memory by module path."""
 
-    def __init__(self, model: nn.Module) -> None:
+    entry: LoadedLoRA
+    slots: Slots
+
+
+@dataclass(kw_only=True, eq=False)
+class _Known:
+    """What is remembered of an adapter, on the device or not."""
+
+    entry: LoadedLoRA
+    resident: bool = False
+    uses: int = 0
+    turn: int = 0
+    used_at: datetime | None = None
+    pinned: bool = False
+    priority: int = 0
+
+
+class LoRAManager:
+    """The adapters in one model, by card digest.
+
+    Slots take at most `budget_bytes` (None: no bound, and nothing is evicted). `host_bytes` of pinned memory keep what
+    leaves a CUDA device. `find` gives the card of a digest again; without it cards are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        budget_bytes: int | None = None,
+        host_bytes: int = 0,
+        find: Callable[[str], LoRACard] | None = None,
+        prices: Prices | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         self._model = model
+        self._modules = dict(model.named_modules())
+        self._devices: dict[str, torch.device] = {}
+        self._on_cuda = device_of(model).type == "cuda"
         self._context = GateContext()
+        self._prices = prices
         self._wrappers: dict[str, Wrapper] = {}
-        self._loaded: dict[str, LoadedLoRA] = {}
+        self._users: Counter[str] = Counter()
+        self._known: dict[str, _Known] = {}
+        self._leaving: dict[str, _Known] = {}
+        self._plans: WeakSet[Plan] = WeakSet()
+        self._cards: dict[str, LoRACard] = {}
+        self._keeps_cards = find is None and budget_bytes is not None
+        self._find = find or self._cards.__getitem__
+        self._budget = budget_bytes
+        self._host: Kept[Slots] = Kept(host_bytes)
+        self._now = now
+        self._turns = count(1)
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self._loaded
+        return digest in self._known
 
     def loaded(self) -> list[LoadedLoRA]:
-        """What is loaded, in loading order."""
-        return list(self._loaded.values())
+        """The adapters that are known, in loading order; `residences` says where each is."""
+        return [known.entry for known in list(self._known.values())]
+
+    def residences(self) -> list[Residence]:
+        """Where every adapter is, those that are leaving last."""
+        self._sweep()
+        flying = self._in_flight()
+        return [
+            self._residence(known, flying[digest], leaving=leaving)
+            for store, leaving in ((self._known, False), (self._leaving, True))
+            for digest, known in store.items()
+        ]
+
+    def memory(self) -> Memory:
+        """What adapters take now."""
+        self._sweep()
+        return Memory(
+            slots=sum(known.entry.nbytes for known in self._residents()),
+            budget=self._budget,
+            layouts=sum(plan.nbytes for plan in self._plans),
+            host=self._host.nbytes,
+        )
 
     def apply_card(self, card: LoRACard) -> LoadedLoRA:
-        """Put `card` into the model; once more is no error and changes nothing.
-
-        Raises `AdapterMismatchError` or `UnsupportedCardError` and leaves the model as it was.
-        """
-        if card.digest in self._loaded:
+        """Put `card` into the model; once more is no error and changes nothing. Raises as `prepare` and `put`."""
+        if card.digest in self._known:
             log.info("lora_already_applied", name=card.name, digest=card.digest)
-            return self._loaded[card.digest]
-        _refuse_full(card)
-        modules = self._modules()
-        matched = match_modules(card, modules)
-        slots = {path: make_slot(card, name, modules[path]) for name, path in matched.items()}
-        for path, slot in slots.items():
-            self._wrap(path).slots[card.digest] = slot
-        entry = LoadedLoRA(name=card.name, digest=card.digest, modules=tuple(slots), nbytes=_slot_bytes(slots))
-        self._loaded[card.digest] = entry
-        log.info("lora_applied", name=card.name, digest=card.digest, modules=len(slots), nbytes=entry.nbytes)
+            return self._known[card.digest].entry
+        entry = self.put(self.prepare(card))
+        if self._keeps_cards:
+            self._cards[card.digest] = card
         return entry
 
+    def prepare(self, card: LoRACard) -> PreparedLoRA:
+        """Make the slots of `card` in host memory; the model stays as it is.
+
+        Raises `AdapterMismatchError`, `UnsupportedCardError` or `AdapterMemoryError`.
+        """
+        refuse_full(card)
+        matched = match_modules(card, self._modules)
+        with _naming_memory(f"card {card.name!r}"):
+            slots = {path: make_slot(card, name, self._modules[path], HOST) for name, path in matched.items()}
+            if self._on_cuda:
+                slots = {path: slot.pinned() for path, slot in slots.items()}
+        nbytes = sum(slot.nbytes for slot in slots.values())
+        entry = LoadedLoRA(name=card.name, digest=card.digest, modules=tuple(slots), nbytes=nbytes)
+        return PreparedLoRA(entry=entry, slots=slots)
+
+    def prepare_missing(self, adapters: Collection[str]) -> list[PreparedLoRA]:
+        """Those of the known `adapters` that are not on the device, made ready. Raises as `prepare` and `find`."""
+        return [self._again(digest) for digest in adapters if (one := self._known.get(digest)) and not one.resident]
+
+    def put(self, ready: PreparedLoRA) -> LoadedLoRA:
+        """Move an adapter to the device; others leave it if need be.
+
+        Raises `AdapterMemoryError` and leaves the model as it was.
+        """
+        entry = ready.entry
+        known = self._leaving.pop(entry.digest, None) or self._known.get(entry.digest) or _Known(entry=entry)
+        if not known.resident:
+            self._make_room([known])
+            self._move_in(known, ready.slots)
+        if entry.digest not in self._known:
+            self._users.update(entry.modules)
+            self._known[entry.digest] = known
+            log.info(
+                "lora_applied", name=entry.name, digest=entry.digest, modules=len(ready.slots), nbytes=entry.nbytes
+            )
+        return known.entry
+
     def remove_card(self, digest: str) -> bool:
-        """Take an adapter out; whether it was there. A module without adapters becomes the original one again."""
-        entry = self._loaded.pop(digest, None)
-        if entry is None:
+        """Take an adapter out; whether it was there. Batches in flight that use it are finished with it first.
+
+        A module that no adapter is for becomes the original one again.
+        """
+        known = self._known.pop(digest, None)
+        if known is None:
             return False
-        for path in entry.modules:
-            wrapper = self._wrappers[path]
-            del wrapper.slots[digest]
-            if not wrapper.slots:
-                self._model.set_submodule(path, wrapper.base)
-                del self._wrappers[path]
-        log.info("lora_removed", name=entry.name, digest=digest)
+        self._cards.pop(digest, None)
+        self._host.drop(digest)
+        self._users.subtract(known.entry.modules)
+        self._leaving[digest] = known
+        self._sweep()
+        log.info("lora_removed", name=known.entry.name, digest=digest, in_flight=digest in self._leaving)
         return True
+
+    def keep(self, digest: str, *, pinned: bool | None = None, priority: int | None = None) -> None:
+        """Pin an adapter to the device, or have those of lower `priority` leave before it. Raises as `plan`."""
+        self._make_resident((digest,))
+        known = self._known[digest]
+        known.pinned = known.pinned if pinned is None else pinned
+        known.priority = known.priority if priority is None else priority
 
     def paths(self, card: LoRACard) -> dict[str, str]:
         """Module path in the card → path in the model. Raises `AdapterMismatchError`."""
-        return match_modules(card, self._modules())
+        return match_modules(card, self._modules)
 
     def slots(self, digest: str) -> dict[str, Slot]:
-        """What an adapter holds, by module path. Raises `UnknownAdapterError`."""
-        self._check_loaded((digest,))
-        return {path: self._wrappers[path].slots[digest] for path in self._loaded[digest].modules}
+        """What an adapter holds, by module path. Raises as `plan`."""
+        self._make_resident((digest,))
+        return {path: self._wrappers[path].slots[digest] for path in self._known[digest].entry.modules}
 
-    def replace_slots(self, digest: str, slots: Mapping[str, Slot]) -> None:
-        """Compute an adapter with other `slots` from now on, at the modules it has; for training."""
+    def replace_slots(self, digest: str, slots: Slots) -> None:
+        """Compute an adapter with other `slots` from now on, at the modules it has; for training. It is pinned."""
         if slots.keys() != self.slots(digest).keys():
-            raise AdapterMismatchError(f"expected slots for the modules of {self._loaded[digest].name!r}")
+            raise AdapterMismatchError(f"expected slots for the modules of {self._known[digest].entry.name!r}")
+        self._known[digest].pinned = True  # nobody could bring these slots back
         for path, slot in slots.items():
             self._wrappers[path].slots[digest] = slot
 
-    def plan(self, gates: Gates) -> Plan | None:
-        """Lay `gates` out, for as many forward passes as the caller likes; None for the bare base model."""
+    def plan(self, gates: Gates, ready: Sequence[PreparedLoRA] = (), *, after: Plan | None = None) -> Plan | None:
+        """Lay `gates` out, for as many forward passes as the caller likes; None for the bare base model.
+
+        The adapters are on the device while the plan lives; `ready` are some that were prepared already, `after` is
+        the plan of the same batch before rows changed. Raises `UnknownAdapterError`, `AdapterMemoryError`, as `find`.
+        """
         if not gates.adapters:
             return None
-        self._check_loaded(gates.adapters)
+        self._make_resident(gates.adapters, ready)
         like = next(self._model.parameters())
-        return Plan(gates.adapters, torch.tensor(gates.weights, dtype=like.dtype, device=like.device))
+        weights = torch.tensor(gates.weights, dtype=like.dtype, device=like.device)
+        if after is None:
+            plan = Plan(gates.adapters, weights, prices=self._prices or default_prices(like.device))
+        else:
+            plan = after.followed_by(gates.adapters, weights)
+        self._plans.add(plan)
+        for digest in gates.adapters:
+            self._touch(self._of(digest))
+        return plan
 
     @contextmanager
     def running(self, plan: Plan | None) -> Iterator[None]:
         """Compute every forward pass inside with `plan`, one row of its gates per row of the batch.
 
-        Raises `UnknownAdapterError` if an adapter was removed since it was laid out.
+        Raises as `plan` for one that was not made there, `AdapterMemoryError` where a pass runs out of memory.
         """
-        if plan is not None:
-            self._check_loaded(plan.adapters)
+        if plan is not None and plan not in self._plans:
+            self._plans.add(plan)  # before anything may leave
+            self._make_resident(plan.adapters)
         before, self._context.plan = self._context.plan, plan
         try:
-            yield
+            with _naming_memory("a forward pass"):
+                yield
         finally:
             self._context.plan = before
 
@@ -133,24 +260,118 @@ class LoRAManager:
         """Compute every forward pass inside with `gates`."""
         return self.running(self.plan(gates))
 
-    def _check_loaded(self, adapters: tuple[str, ...]) -> None:
-        missing = [digest for digest in adapters if digest not in self._loaded]
-        if missing:
-            names = ", ".join(entry.name for entry in self.loaded()) or "none"
-            raise UnknownAdapterError(f"expected loaded adapters, got {missing[0]!r}; loaded are: {names}")
+    def _make_resident(self, adapters: Sequence[str], ready: Sequence[PreparedLoRA] = ()) -> None:
+        """Bring all of `adapters` to the device, or say why not before one leaves for another."""
+        self._sweep()
+        wanted = [self._of(digest) for digest in adapters]
+        if all(known.resident for known in wanted):
+            return
+        self._make_room(wanted)
+        prepared = {one.entry.digest: one for one in ready}
+        for known in wanted:
+            if not known.resident:
+                again = prepared.get(known.entry.digest) or self._again(known.entry.digest)
+                self._move_in(known, again.slots)
 
-    def _modules(self) -> dict[str, nn.Module]:
-        """Path → original module of everything in the model, without the wrappers' insides."""
-        inside = tuple(f"{path}.base" for path in self._wrappers)
-        return {
-            path: self._wrappers[path].base if path in self._wrappers else module
-            for path, module in self._model.named_modules()
-            if not (inside and path.startswith(inside))
-        }
+    def _make_room(self, wanted: Sequence[_Known]) -> None:
+        """Have others leave the device until all of `wanted` have room there, some of which may be there already."""
+        if self._budget is None:
+            return
+        self._sweep()
+        flying = self._in_flight()
+        names = ", ".join(repr(known.entry.name) for known in wanted[:3]) + (", …" if len(wanted) > 3 else "")
+        claims = [
+            Claim(
+                digest=known.entry.digest,
+                nbytes=known.entry.nbytes,
+                priority=known.priority,
+                turn=known.turn,
+                pinned=known.pinned,
+                in_flight=known.entry.digest in flying,
+            )
+            for known in self._residents()
+            if known not in wanted
+        ]
+        for digest in leavers(names, sum(known.entry.nbytes for known in wanted), claims, self._budget):
+            self._take_out(self._known[digest])
+            log.debug("lora_evicted", name=self._known[digest].entry.name, digest=digest)
+
+    def _move_in(self, known: _Known, slots: Slots) -> None:
+        entry = known.entry
+        with _naming_memory(f"card {entry.name!r}"):
+            moved = {path: slot.to(self._device(path)) for path, slot in slots.items()}
+        for path, slot in moved.items():
+            self._wrap(path).slots[entry.digest] = slot
+        known.resident, known.turn = True, next(self._turns)
+        if self._on_cuda:
+            self._host.keep(entry.digest, slots, entry.nbytes)
+
+    def _take_out(self, known: _Known) -> None:
+        """Off the device; the wrappers stay, for taking 210 of them out and putting them in costs more than a card."""
+        for path in known.entry.modules:
+            del self._wrappers[path].slots[known.entry.digest]
+        known.resident = False
+
+    def _sweep(self) -> None:
+        """Let go of what was removed and no batch uses any more, and of wrappers that no adapter is for."""
+        if not self._leaving:
+            return
+        flying = self._in_flight()
+        for digest in [digest for digest in self._leaving if digest not in flying]:
+            known = self._leaving.pop(digest)
+            if known.resident:
+                self._take_out(known)
+            for path in known.entry.modules:
+                if path in self._wrappers and not self._users[path] and not self._wrappers[path].slots:
+                    self._model.set_submodule(path, self._wrappers.pop(path).base)
+
+    def _again(self, digest: str) -> PreparedLoRA:
+        """Slots of a known adapter: from the host tier, else made from its card."""
+        if (slots := self._host.get(digest)) is not None:
+            return PreparedLoRA(entry=self._of(digest).entry, slots=slots)
+        return self.prepare(self._find(digest))
+
+    def _of(self, digest: str) -> _Known:
+        known = self._known.get(digest) or self._leaving.get(digest)
+        if known is None:
+            names = ", ".join(entry.name for entry in self.loaded()) or "none"
+            raise UnknownAdapterError(f"expected loaded adapters, got {digest!r}; loaded are: {names}")
+        return known
+
+    def _residents(self) -> list[_Known]:
+        return [known for known in [*self._known.values(), *self._leaving.values()] if known.resident]
+
+    def _in_flight(self) -> Counter[str]:
+        """Digest → plans that live and use it."""
+        return Counter(digest for plan in self._plans for digest in plan.adapters)
+
+    def _touch(self, known: _Known) -> None:
+        known.uses, known.turn, known.used_at = known.uses + 1, next(self._turns), self._now()
+
+    def _residence(self, known: _Known, in_flight: int, *, leaving: bool) -> Residence:
+        entry = known.entry
+        tier: Tier = "device" if known.resident else "host" if entry.digest in self._host else "file"
+        return Residence(
+            digest=entry.digest,
+            name=entry.name,
+            tier=tier,
+            nbytes=entry.nbytes,
+            uses=known.uses,
+            used_at=known.used_at,
+            pinned=known.pinned,
+            priority=known.priority,
+            in_flight=in_flight,
+            leaving=leaving,
+        )
+
+    def _device(self, path: str) -> torch.device:
+        if path not in self._devices:
+            self._devices[path] = device_of(self._modules[path])
+        return self._devices[path]
 
     def _wrap(self, path: str) -> Wrapper:
         if path not in self._wrappers:
-            base = self._model.get_submodule(path)
+            base = self._modules[path]
             wrapper = _wrapper_class(base)(base, path, self._context)
             wrapper.train(base.training)
             self._model.set_submodule(path, wrapper)
@@ -158,122 +379,22 @@ class LoRAManager:
         return self._wrappers[path]
 
 
-def match_modules(card: LoRACard, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Module path in the card → path in the model: the same path, or the only one that one ends in the other.
-
-    An adapter trained on a bare backbone says `layers.0.q_proj` where the whole model says `model.layers.0.q_proj`.
-    Raises `AdapterMismatchError` naming what is missing, or what several modules could be.
-    """
-    by_leaf: dict[str, list[str]] = defaultdict(list)
-    for path in modules:
-        by_leaf[path.rpartition(".")[2]].append(path)
-    matched = {name: _match(name, modules, by_leaf) for name in card.modules if _is_module(card, name)}
-    missing = sorted(name for name, path in matched.items() if path is None)
-    if missing:
-        raise AdapterMismatchError(
-            f"card {card.name!r} targets {len(missing)} of {len(matched)} modules that the base model lacks, "
-            f"first {missing[0]!r}",
-            hint=f"the card was trained on {card.manifest.base.name or 'an unnamed base'}; load that base model",
-        )
-    found = {name: path for name, path in matched.items() if path is not None}
-    if len(set(found.values())) < len(found):
-        raise AdapterMismatchError(f"card {card.name!r}: two of its modules are the same module of the base model")
-    return found
-
-
-def make_slot(card: LoRACard, name: str, module: nn.Module) -> Slot:
-    """The slot of `card` for `module`, in the module's dtype and on its device. Raises `AdapterMismatchError`."""
-    tensors = card.modules[name]
-    low_rank = _low_rank(card, name, tensors, module) if Role.A in tensors else None
-    rescale = _dora_factor(tensors, low_rank, module) if Role.MAGNITUDE in tensors else None
-    if rescale is not None and low_rank is not None:
-        low_rank = LowRank(a=low_rank.a, b=low_rank.b * rescale, scaling=low_rank.scaling)
-    return Slot(
-        low_rank=low_rank,
-        rescale=None if rescale is None else rescale - 1,
-        bias=_bias_change(card, name, tensors[Role.BIAS], module) if Role.BIAS in tensors else None,
-    )
-
-
-def _low_rank(card: LoRACard, name: str, tensors: Tensors, module: nn.Module) -> LowRank:
-    a, b = tensors[Role.A], tensors[Role.B]
-    embedding = name in card.manifest.adapter.embeddings
-    expected = shape_of(module) if isinstance(module, nn.Embedding) == embedding else None
-    if expected != (a.shape[1], b.shape[0]):
-        raise AdapterMismatchError(
-            f"card {card.name!r}, module {name!r}: made for {'an embedding' if embedding else 'a linear module'} "
-            f"{a.shape[1]} → {b.shape[0]}, the base model has {_describe(module)}",
-            hint=f"the card was trained on {card.manifest.base.name or 'an unnamed base'}",
-        )
-    like = module.get_parameter("weight")
-    return LowRank(
-        a=to_torch(a, like),
-        b=to_torch(b, like).T,
-        scaling=card.manifest.adapter.scaling_of(name) * _output_scale(module),
-    )
-
-
-def _output_scale(module: nn.Module) -> float:
-    """The factor on what an embedding gives (Gemma's √d), which the adapter's part takes as well."""
-    scale = getattr(module, "embed_scale", 1.0)
-    return float(torch.as_tensor(scale).to(module.get_parameter("weight").dtype))
-
-
-def _dora_factor(tensors: Tensors, low_rank: LowRank | None, module: nn.Module) -> torch.Tensor:
-    """Magnitude / ‖W + s B A‖, row by row (d_out,): DoRA, arXiv:2402.09353, eq. 5."""
-    if low_rank is None or not isinstance(module, nn.Linear | Conv1D):
-        raise UnsupportedCardError(f"DoRA is computed for linear modules only, got {type(module).__name__}")
-    weight = dense_weight(module)
-    norm = torch.linalg.norm(weight + low_rank.scaling * (low_rank.b.T @ low_rank.a), dim=1)
-    factor: torch.Tensor = to_torch(tensors[Role.MAGNITUDE], module.weight) / norm
-    return factor
-
-
-def _bias_change(card: LoRACard, name: str, bias: CardTensor, module: nn.Module) -> torch.Tensor:
-    own = getattr(module, "bias", None)
-    if not isinstance(own, torch.Tensor) or tuple(own.shape) != bias.shape:
-        have = tuple(own.shape) if isinstance(own, torch.Tensor) else "none"
-        raise AdapterMismatchError(
-            f"card {card.name!r}, module {name!r}: made for a bias of shape {bias.shape}, the base model has {have}"
-        )
-    return to_torch(bias, own) - own.detach()
-
-
-def _match(name: str, modules: Mapping[str, nn.Module], by_leaf: Mapping[str, list[str]]) -> str | None:
-    if name in modules:
-        return name
-    ends = [path for path in by_leaf[name.rpartition(".")[2]] if _is_suffix(name, path) or _is_suffix(path, name)]
-    return ends[0] if len(ends) == 1 else None
-
-
-def _is_suffix(short: str, long: str) -> bool:
-    return long.endswith(f".{short}")
-
-
-def _is_module(card: LoRACard, name: str) -> bool:
-    return not card.modules[name].keys() <= {Role.FULL, Role.STATS}
-
-
-def _refuse_full(card: LoRACard) -> None:
-    full = [tensor.name for tensor in card.tensors if tensor.role is Role.FULL]
-    if full:
-        raise UnsupportedCardError(
-            f"card {card.name!r} replaces whole parameters of the base model ({full[0]!r} and {len(full) - 1} more), "
-            "which the engine does not compute",
-            hint="train the adapter without modules_to_save, or export it and use it with PEFT",
-        )
+@contextmanager
+def _naming_memory(wanted: str) -> Iterator[None]:
+    """Raise `AdapterMemoryError` where the device or the host has no memory left."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise AdapterMemoryError(
+            f"{wanted}: out of memory: {str(error).partition(chr(10))[0]}",
+            hint="use smaller batches, or set engine.budget_mib to less",
+            later=True,
+        ) from error
 
 
 def _wrapper_class(module: nn.Module) -> type[Wrapper]:
     if isinstance(module, nn.Linear | Conv1D):
         return LoRALinear
     return LoRAEmbedding if isinstance(module, nn.Embedding) else LoRABias
-
-
-def _slot_bytes(slots: Mapping[str, Slot]) -> int:
-    return sum(tensor.nbytes for slot in slots.values() for tensor in slot.tensors())
-
-
-def _describe(module: nn.Module) -> str:
-    shape = shape_of(module)
-    return f"{type(module).__name__} {shape[0]} → {shape[1]}" if shape else type(module).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -11,137 +10,173 @@ from torch import Tensor
 
 from arrowmoe.errors import GateError
 from arrowmoe.lora import kernels
-from arrowmoe.lora.kernels import ByRow, Concatenated, LowRank
+from arrowmoe.lora.costs import CPU, Layout, Prices
+from arrowmoe.lora.kernels import ByRow, Concatenated, LowRank, Segment
+from arrowmoe.lora.layouts import ModuleLayouts
+from arrowmoe.lora.mixing import Form, Mixing
 from arrowmoe.lora.slots import Slot
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Form:
-    """What decides a layout's coefficients: which adapters are present at a module, their ranks and scalings."""
-
-    present: tuple[int, ...]
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-
-
 class Plan:
-    """The gates of one batch: `adapters` are slot keys, `gates` (rows, adapters) is on the model's device.
+    """The gates of one batch: `adapters` are slot keys, `gates` is on the model's device.
 
-    What it lays out is kept, so the steps of one generation share it. `gates` may require a gradient, which the
-    concatenated layout passes on; the by-row layout, which multiplies gates in beforehand, is then not used.
-    `layers` gives modules under a path prefix gates of their own (MoLE, arXiv:2404.13628); the longest prefix wins.
+    `gates` are (rows, adapters), or (rows, tokens, adapters) where every token chooses, for forward passes over just
+    as many tokens. `layers` gives modules under a path prefix gates of their own (MoLE, arXiv:2404.13628); the longest
+    prefix wins. What no row chose is not computed.
+
+    What a plan lays out is kept, so the steps of one generation share it, and a batch whose rows come and go hands it
+    on (`followed_by`). `gates` may require a gradient, which the concatenated layout passes on; it alone is then used.
     """
 
-    def __init__(self, adapters: tuple[str, ...], gates: Tensor, *, layers: Mapping[str, Tensor] | None = None) -> None:
-        if gates.dim() != 2 or gates.shape[1] != len(adapters):
-            raise GateError(f"expected gates (rows, {len(adapters)}), got {tuple(gates.shape)}")
+    def __init__(
+        self,
+        adapters: tuple[str, ...],
+        gates: Tensor,
+        *,
+        layers: Mapping[str, Tensor] | None = None,
+        prices: Prices = CPU,
+    ) -> None:
+        if gates.dim() not in (2, 3) or gates.shape[-1] != len(adapters):
+            raise GateError(f"expected gates (rows[, tokens], {len(adapters)}), got {tuple(gates.shape)}")
         self.adapters = adapters
         self.gates = gates
         self.rows = gates.shape[0]
+        self.tokens = gates.shape[1] if gates.dim() == 3 else None
+        self.prices = prices
         values = gates.detach().float().cpu()
-        self._chosen = [[(k, float(row[k])) for k in row.nonzero().flatten().tolist()] for row in values]
-        self._uniform = bool((values == values[:1]).all()) and not gates.requires_grad
+        chosen = values.flatten(0, -2).any(dim=0) | gates.requires_grad
+        self._used = {adapters[k]: k for k in chosen.nonzero().flatten().tolist()}
+        self._values = values
+        self._mixings: dict[Form, Mixing] = {}
         self._shares: dict[str, Share | None] = {}
-        self._coefficients: dict[_Form, Tensor | float] = {}
-        self._layers = {layer: Plan(adapters, own) for layer, own in (layers or {}).items()}
+        self._layouts: dict[str, ModuleLayouts] | None = None
+        self._layers = {layer: Plan(adapters, own, prices=prices) for layer, own in (layers or {}).items()}
         for layer, plan in self._layers.items():
             if plan.rows != self.rows:
                 raise GateError(f"layer {layer!r}: expected gates for {self.rows} rows, got {plan.rows}")
+        self._take_over({})
+
+    def followed_by(
+        self, adapters: tuple[str, ...], gates: Tensor, *, layers: Mapping[str, Tensor] | None = None
+    ) -> Plan:
+        """The plan of the next steps, in which rows have come or gone: only rows that changed are laid out anew.
+
+        A row that leaves is best replaced by the last one, for others then keep their places. This plan cannot run any
+        more: its layouts are overwritten.
+        """
+        following = Plan(adapters, gates, layers=layers, prices=self.prices)
+        following._take_over(self._handed_on())
+        self._take_over(None)
+        self._shares.clear()
+        return following
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is laid out."""
+        return sum(layouts.nbytes for layouts in (self._layouts or {}).values())
 
     def at(self, path: str, slots: Mapping[str, Slot]) -> Share | None:
         """What the batch's adapters add at the module `path`, which has `slots`; None if none of them has one there."""
         return _kept(self._shares, path, lambda: self._plan_of(path)._share(path, slots))
 
-    def coefficients(self, form: _Form) -> Tensor | float:
-        """G · s with each adapter's column repeated rank times: (rows, Σr), or one number if that is all there is."""
-        return _kept(self._coefficients, form, lambda: self._expand(form))
+    def mixing(self, form: Form) -> Mixing:
+        """How the gates mix adapters of that form."""
+        return _kept(self._mixings, form, lambda: Mixing(self.gates, self._values, form))
 
     def gated_sum(self, slots: Sequence[tuple[int, Slot]], of: Callable[[Slot], Tensor | None]) -> Tensor | None:
-        """Σₖ gₖ vₖ over the vectors v (d,) that `of` finds in the slots: (rows, d), or None if there is none."""
+        """Σₖ gₖ vₖ over the vectors v (d,) that `of` finds in the slots: (rows[, tokens], d), or None."""
         vectors = [(index, vector) for index, slot in slots if (vector := of(slot)) is not None]
         if not vectors:
             return None
-        return self.gates[:, [index for index, _ in vectors]] @ torch.stack([vector for _, vector in vectors])
-
-    def rows_of(self, present: Sequence[int]) -> list[list[tuple[int, float]]]:
-        """For each row, (place in `present`, weight) of the adapters it uses."""
-        place = {index: at for at, index in enumerate(present)}
-        return [[(place[index], weight) for index, weight in row if index in place] for row in self._chosen]
+        return self.gates[..., [index for index, _ in vectors]] @ torch.stack([vector for _, vector in vectors])
 
     def _plan_of(self, path: str) -> Plan:
         over = [layer for layer in self._layers if f"{path}.".startswith(f"{layer}.")]
         return self._layers[max(over, key=len)] if over else self
 
     def _share(self, path: str, slots: Mapping[str, Slot]) -> Share | None:
-        present = [(index, slots[key]) for index, key in enumerate(self.adapters) if key in slots]
-        return Share(self, path, present) if present else None
+        present = [(index, slots[key]) for key, index in self._used.items() if key in slots]
+        return Share(self, path, present, _kept(self._handed_on(), path, ModuleLayouts)) if present else None
 
-    def _expand(self, form: _Form) -> Tensor | float:
-        if self._uniform and len(form.present) == 1:
-            return float(self.gates[0, form.present[0]]) * form.scalings[0]
-        scaled = self.gates[:, list(form.present)] * self.gates.new_tensor(form.scalings)
-        return scaled.repeat_interleave(torch.tensor(form.ranks, device=scaled.device), dim=1)
+    def _take_over(self, layouts: dict[str, ModuleLayouts] | None) -> None:
+        """Lay out in `layouts` from now on, by module path; None: never again."""
+        self._layouts = layouts
+        for plan in self._layers.values():
+            plan._take_over(layouts)
+
+    def _handed_on(self) -> dict[str, ModuleLayouts]:
+        if self._layouts is None:
+            raise GateError("expected the plan of the batch as it is now, got one that another plan has followed")
+        return self._layouts
 
 
 class Share:
     """What the adapters of one batch add at one module."""
 
-    def __init__(self, plan: Plan, path: str, slots: Sequence[tuple[int, Slot]]) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, path: str, slots: Sequence[tuple[int, Slot]], layouts: ModuleLayouts) -> None:
+        # Copied, not reached through the plan: a cycle would keep layouts and adapters until the collector runs.
+        self._positions = (plan.rows,) if plan.tokens is None else (plan.rows, plan.tokens)
+        self._prices = plan.prices
         self._path = path
+        self._layouts = layouts
         low_ranks = [(index, slot.low_rank) for index, slot in slots if slot.low_rank is not None]
         self._adapters: list[LowRank] = [low_rank for _, low_rank in low_ranks]
-        self._form = _Form(
-            present=tuple(index for index, _ in low_ranks),
-            ranks=tuple(low_rank.rank for _, low_rank in low_ranks),
-            scalings=tuple(low_rank.scaling for _, low_rank in low_ranks),
-        )
-        self._chosen = plan.rows_of(self._form.present)
-        self._row_rank = max(sum(self._form.ranks[at] for at, _ in row) for row in self._chosen)
-        self._total_rank = sum(self._form.ranks)
+        self._mixing = plan.mixing(Form.of(low_ranks))
+        self._differentiable = plan.gates.requires_grad or any(one.a.requires_grad for one in self._adapters)
         self._rescale = plan.gated_sum(slots, lambda slot: slot.rescale)
         self._bias = plan.gated_sum(slots, lambda slot: slot.bias)
         self._concatenated: Concatenated | None = None
         self._by_row: ByRow | None = None
+        self._segments: list[Segment] | None = None
 
     def add(self, y: Tensor, x: Tensor, base_bias: Tensor | None) -> Tensor:
         """Add to the base's output y (rows, …, d_out) for its input x (rows, …, d_in); y is overwritten."""
-        self.check_rows(x)
+        self.check_rows(x.shape[:-1])
         change = self._vector_change(y, base_bias)
         if self._adapters:
-            y = kernels.add_by_row(y, x, self._in_rows()) if self._prefers_rows(x) else self.add_low_rank(y, x)
+            y = self._add_low_rank(y, x)
         return y if change is None else y.add_(change)
-
-    def add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add the low-rank sum alone, by the concatenated layout."""
-        layout = self.concatenated()
-        return kernels.add_up(y, torch.nn.functional.linear(x, layout.a), layout)
 
     def concatenated(self) -> Concatenated:
         """The concatenated layout."""
         if self._concatenated is None:
-            self._concatenated = kernels.concatenate(self._adapters, self._plan.coefficients(self._form))
+            a, b = self._layouts.concatenated(self._adapters)
+            self._concatenated = Concatenated(a=a, b=b, coefficients=self._mixing.coefficients())
         return self._concatenated
 
-    def check_rows(self, x: Tensor) -> None:
-        """Raise `GateError` unless x's first dimension is the batch's rows, without which gates have no meaning."""
-        if x.dim() < 2 or x.shape[0] != self._plan.rows:
+    def check_rows(self, positions: Sequence[int]) -> None:
+        """Raise `GateError` unless `positions`, (rows, …), are the batch's, without which gates have no meaning."""
+        expected = self._positions
+        if tuple(positions[: len(expected)]) != expected:
+            what = f"{expected[0]} rows" + "".join(f" of {tokens} tokens" for tokens in expected[1:])
             raise GateError(
-                f"module {self._path!r}: expected an input of {self._plan.rows} rows, got shape {tuple(x.shape)}, "
+                f"module {self._path!r}: expected an input of {what}, got {tuple(positions)}, "
                 "so its rows cannot be told apart"
             )
 
+    def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
+        layout = self._layout(x, y)
+        if layout == "by_row":
+            return kernels.add_by_row(y, x, self._in_rows())
+        if layout == "segmented":
+            return kernels.add_segments(y, x, self._in_segments(), self._mixing.units)
+        return kernels.add_joined(y, x, self.concatenated())
+
+    def _layout(self, x: Tensor, y: Tensor) -> Layout:
+        if self._differentiable:
+            return "concatenated"
+        tokens = x.numel() // (x.shape[0] * x.shape[-1])
+        return self._mixing.cheapest(tokens, x.shape[-1] + y.shape[-1], self._prices)
+
     def _in_rows(self) -> ByRow:
         if self._by_row is None:
-            self._by_row = kernels.lay_by_row(self._adapters, self._chosen, self._row_rank)
+            self._by_row = self._layouts.by_row(self._mixing.rows(self._adapters))
         return self._by_row
 
-    def _prefers_rows(self, x: Tensor) -> bool:
-        """Whether the by-row layout is the cheaper one for x (rows, …, d_in)."""
-        if self._total_rank == self._row_rank or self._plan.gates.requires_grad:
-            return False
-        tokens = x.numel() // (x.shape[0] * x.shape[-1])
-        return kernels.prefer_rows(self._plan.rows, tokens, self._total_rank, self._row_rank)
+    def _in_segments(self) -> list[Segment]:
+        if self._segments is None:
+            self._segments = self._mixing.segments(self._adapters)
+        return self._segments
 
     def _vector_change(self, y: Tensor, base_bias: Tensor | None) -> Tensor | None:
         """DoRA's rescaling of the base output without its bias, plus the change of bias; None if there is neither."""
@@ -154,8 +189,9 @@ class Share:
 
 
 def _spread(vectors: Tensor, like: Tensor) -> Tensor:
-    """(rows, d) → (rows, 1 …, d) with as many dimensions as `like`."""
-    return vectors.view(vectors.shape[0], *[1] * (like.dim() - 2), vectors.shape[1])
+    """(rows[, tokens], d) → (rows[, tokens], 1 …, d) with as many dimensions as `like`."""
+    *units, d = vectors.shape
+    return vectors.view(*units, *[1] * (like.dim() - len(units) - 1), d)
 
 
 _K = TypeVar("_K")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from arrowmoe.lora.kernels import LowRank
@@ -22,7 +24,28 @@ class Slot:
     rescale: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
     def tensors(self) -> list[Tensor]:
         """All tensors held."""
         low_rank = [] if self.low_rank is None else [self.low_rank.a, self.low_rank.b]
         return low_rank + [tensor for tensor in (self.rescale, self.bias) if tensor is not None]
+
+    def to(self, device: torch.device) -> Slot:
+        """The same on `device`; from pinned memory the copy overlaps what the device computes."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Slot:
+        """The same in pinned host memory, from which a CUDA device copies without waiting."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Slot:
+        low = self.low_rank
+        return Slot(
+            low_rank=None if low is None else LowRank(a=change(low.a), b=change(low.b), scaling=low.scaling),
+            rescale=None if self.rescale is None else change(self.rescale),
+            bias=None if self.bias is None else change(self.bias),
+        )

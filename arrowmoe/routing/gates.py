@@ -105,6 +105,11 @@ class Gates:
             for index, weight in used
         }
 
+    def weights_of(self, row: int) -> dict[str, float]:
+        """Digest → weight of the adapters that row `row` uses."""
+        used = zip(self.adapters, self.weights[row].tolist(), strict=True)
+        return {digest: weight for digest, weight in used if weight != 0.0}
+
     def rows(self, indices: Sequence[int]) -> Gates:
         """The gates of a subset of rows, in the order given, without adapters that none of them uses."""
         weights = self.weights[list(indices)]

@@ -24,6 +24,7 @@ from registry.card import LoRACard
 from registry.errors import CardError, UnknownCardError
 from registry.format import LoRAFormat
 from registry.store import Registry
+from registry.tensor import Role
 from tests.arrowmoe.tiny import bert_engine, card_for, llama_engine
 
 TEXTS = ["w5 w9 w12", "w30", "w8 w8 w40 w41"]
@@ -107,14 +108,20 @@ def test_a_stream_keeps_its_adapter_whatever_is_computed_in_between(tmp_path: Pa
     assert [done["second"][row] for row in range(3)] == expected
 
 
-def test_an_adapter_removed_under_a_stream_is_an_error_not_the_bare_base(tmp_path: Path) -> None:
+def test_an_adapter_removed_under_a_stream_finishes_it_and_is_gone_then(tmp_path: Path) -> None:
     engine = llama_engine()
     engine.load_lora(card_for(engine, tmp_path, "one", 0))
+    expected = engine.generate(TEXTS[:1], adapter="one", max_new_tokens=8)[0].tokens
     stream = engine.generate(TEXTS[:1], adapter="one", max_new_tokens=8, stream=True)
     next(stream)
-    engine.remove_lora("one")
+    assert engine.remove_lora("one")
+    assert engine.list_loras() == []
     with pytest.raises(UnknownAdapterError):
-        list(stream)
+        engine.generate(TEXTS[:1], adapter="one", max_new_tokens=8)
+    (answer,) = [chunk.generation for chunk in stream if chunk.generation is not None]
+    assert (answer.tokens, dict(answer.adapters)) == (expected, {"one": 1.0})
+    assert engine.residences() == []
+    assert engine.memory().slots == 0
 
 
 def test_a_new_version_in_the_registry_is_used_at_once(tmp_path: Path) -> None:
@@ -281,3 +288,47 @@ def test_threads_do_not_mix_their_gates(encoder: ArrowEngine) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_threads_share_a_budget_for_one_adapter(encoder: ArrowEngine, tmp_path: Path) -> None:
+    expected = {name: encoder.encode_with_lora(TEXTS, adapter=name) for name in ("one", "two")}
+    tight = ArrowEngine(bert_engine().base, budget_bytes=encoder.list_loras()[0].nbytes)
+    for seed, name in enumerate(expected):
+        tight.load_lora(card_for(encoder, tmp_path / "again", name, seed))
+    wrong: list[str] = []
+
+    def work(name: str) -> None:
+        for _ in range(10):
+            if not np.allclose(tight.encode_with_lora(TEXTS, adapter=name), expected[name], rtol=1e-4, atol=1e-6):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert sum(one.uses for one in tight.residences()) == 20
+
+
+def test_what_left_comes_back_from_the_registry_and_a_new_version_is_not_taken_for_the_old(tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "home") as registry:
+        first = card_for(bert_engine(), tmp_path / "v1", "one", seed=1)
+        cards = [first, card_for(bert_engine(), tmp_path / "other", "other", seed=2)]
+        cards.append(card_for(bert_engine(), tmp_path / "v2", "one", seed=3).describe(version="2"))
+        weights = sum(tensor.nbytes for tensor in first.manifest.tensors if tensor.role in (Role.A, Role.B))
+        engine = ArrowEngine(bert_engine().base, registry=registry, budget_bytes=weights)
+        roomy = bert_engine()
+        expected = []
+        for card in cards:
+            roomy.load_lora(card)
+            expected.append(roomy.encode_with_lora(TEXTS, adapter=card.digest))
+        for card in cards[:2]:
+            registry.publish(card)
+        for _ in range(2):
+            np.testing.assert_array_equal(engine.encode_with_lora(TEXTS, adapter="one"), expected[0])
+            np.testing.assert_array_equal(engine.encode_with_lora(TEXTS, adapter="other"), expected[1])
+        registry.publish(cards[2])
+        np.testing.assert_array_equal(engine.encode_with_lora(TEXTS, adapter="one"), expected[2])
+        np.testing.assert_array_equal(engine.encode_with_lora(TEXTS, adapter="one@1"), expected[0])
+        assert engine.memory().slots == weights

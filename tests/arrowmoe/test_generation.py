@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
 
 from arrowmoe.base_model import BaseModel
+from arrowmoe.batching import Batching
 from arrowmoe.errors import EngineError, PromptError
-from arrowmoe.generation import Sampling, decode
+from arrowmoe.generation import Chunk, Prompt, Sampling
 from arrowmoe.lora.manager import LoRAManager
-from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
+from tests.arrowmoe.causal_models import SIZES, greedy, tiny_bloom, tiny_mistral
 from tests.arrowmoe.tiny import base
 from tests.peft_models import VOCABULARY, load_peft, make_peft, tiny_gpt2, tiny_llama
 
@@ -39,38 +32,35 @@ IMPOSSIBLE = [
     {"top_p": 1.1},
     {"stop": ("a", "")},
 ]
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 1}
 
 
-def reference(model: torch.nn.Module, tiny: BaseModel, prompt: str) -> list[int]:
-    """What transformers' own greedy search adds to `prompt`, alone in its batch."""
-    ids = torch.tensor([tiny.tokenizer(prompt)["input_ids"]])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
-    return out[0, ids.shape[1] :].tolist()
+def decode(
+    tiny: BaseModel,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    manager: LoRAManager | None = None,
+    weights: Sequence[Mapping[str, float]] | None = None,
+) -> Iterator[Chunk]:
+    """Chunks of one call that has a batch for itself, with the bare base unless `weights` say other."""
+    manager = manager or LoRAManager(tiny.model)
+    batching = Batching(tiny, plan=manager.plan, running=manager.running)
+    return batching.generate(prompts, weights or [{}] * len(prompts), sampling)
+
+
+def made(chunks: Iterator[Chunk], rows: int) -> list[list[int]]:
+    done = {chunk.row: chunk.generation for chunk in chunks if chunk.generation}
+    return [list(done[row].tokens) for row in range(rows)]
 
 
 def tokens(tiny: BaseModel, prompts: list[str] = PROMPTS, **sampling: object) -> list[list[int]]:
-    settings = Sampling(**{"max_new_tokens": NEW, **sampling})
-    done = {c.row: c.generation for c in decode(tiny, prompts, settings) if c.generation}
-    return [list(done[row].tokens) for row in range(len(prompts))]
-
-
-def tiny_mistral() -> PreTrainedModel:
-    """A causal model that sees four tokens back."""
-    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
-    return MistralForCausalLM(MistralConfig(**SIZES, **shape, intermediate_size=32, sliding_window=4)).eval()
-
-
-def tiny_bloom() -> PreTrainedModel:
-    """A causal model without position ids."""
-    return BloomForCausalLM(BloomConfig(**SIZES, n_head=4, initializer_range=0.2)).eval()
+    return made(decode(tiny, prompts, Sampling(**{"max_new_tokens": NEW, **sampling})), len(prompts))
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mistral, tiny_bloom])
 def test_greedy_decoding_of_a_padded_batch_equals_transformers(make) -> None:
     torch.manual_seed(0)
     tiny = base(make())
-    assert tokens(tiny) == [reference(tiny.model, tiny, prompt) for prompt in PROMPTS]
+    assert tokens(tiny) == [greedy(tiny.model, tiny, prompt, NEW) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
@@ -78,17 +68,17 @@ def test_greedy_decoding_of_mixed_rows_equals_peft(make, tmp_path: Path) -> None
     model = make()
     paths = [make_peft(model, tmp_path / f"a{seed}", seed=seed, r=2 + seed) for seed in range(2)]
     expected = [
-        reference(load_peft(model, paths[0]), base(model), PROMPTS[0]),
-        reference(model, base(model), PROMPTS[1]),
-        reference(load_peft(model, paths[1]), base(model), PROMPTS[2]),
+        greedy(load_peft(model, paths[0]), base(model), PROMPTS[0], NEW),
+        greedy(model, base(model), PROMPTS[1], NEW),
+        greedy(load_peft(model, paths[1]), base(model), PROMPTS[2], NEW),
     ]
     cards = [LoRACard.from_peft(path) for path in paths]
     manager = LoRAManager(model)
     for card in cards:
         manager.apply_card(card)
-    gates = Gates.of([{cards[0].digest: 1.0}, {}, {cards[1].digest: 1.0}], {card.digest: card.name for card in cards})
-    with manager.gated(gates):
-        assert tokens(base(model)) == expected
+    weights: list[dict[str, float]] = [{cards[0].digest: 1.0}, {}, {cards[1].digest: 1.0}]
+    found = made(decode(base(model), PROMPTS, Sampling(max_new_tokens=NEW), manager, weights), len(PROMPTS))
+    assert found == expected
     assert tokens(base(model)) != expected
 
 

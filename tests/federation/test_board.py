@@ -45,7 +45,18 @@ def test_the_least_busy_peer_is_asked(tmp_path: Path, holders: list[Holder]) -> 
 def test_a_peer_is_asked_for_few_things_at_once(holders: list[Holder]) -> None:
     board = Board([wanted(small_card("a", seed=seed), holders[0]) for seed in range(9)])
     tasks = [board.next() for _ in range(9)]
-    assert sum(task is not None for task in tasks) == limits.STREAMS_PER_PEER
+    assert sum(task is not None for task in tasks) == limits.CALLS_PER_PEER
+
+
+def test_few_streams_are_read_at_once_and_no_more_cards_are_opened_meanwhile(
+    tmp_path: Path, holders: list[Holder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_PART_BYTES", MIB)
+    board = Board([wanted(CARD, holders[0]), *(wanted(small_card("a", seed=seed), holders[0]) for seed in range(9))])
+    opened(board, tmp_path)
+    tasks = [board.next() for _ in range(9)]
+    assert [task.part for task in tasks if task] == [(0, MIB), (MIB, 2 * MIB)]
+    assert limits.STREAMS_PER_PEER == 2
 
 
 def test_a_card_that_nobody_can_give_is_settled(holders: list[Holder]) -> None:
