@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from arrowmoe import views as views
     from arrowmoe.base_model import BaseModel, load_base_model
     from arrowmoe.base_names import BUILTINS
+    from arrowmoe.batching import BatchLimits
     from arrowmoe.engine import ArrowEngine
     from arrowmoe.errors import EngineError
     from arrowmoe.evolving import Evolution, evolution_of_engine, evolution_of_node
@@ -62,6 +63,7 @@ __all__ = [
     "ArrowEngine",
     "ArrowMoEError",
     "BaseModel",
+    "BatchLimits",
     "ByWeights",
     "Candidate",
     "CardEntry",
@@ -118,6 +120,7 @@ _NAMES_OF_MODULE = {
     "arrowmoe.request": ("Answer", "ask"),
     "arrowmoe.base_model": ("BaseModel", "load_base_model"),
     "arrowmoe.base_names": ("BUILTINS",),
+    "arrowmoe.batching": ("BatchLimits",),
     "arrowmoe.engine": ("ArrowEngine",),
     "arrowmoe.errors": ("EngineError",),
     "arrowmoe.evolving": ("Evolution", "evolution_of_engine", "evolution_of_node"),

@@ -35,7 +35,7 @@ _NEWEST_SHARE = 0.2  # of the newest row, in the mean of what rows take
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class BatchLimits:
     """`rows` are answered at once; `tokens` bounds rows times the longest row's tokens, which is what the cache holds;
     as many rows as `waiting` wait; `prompt_tokens` of newcomers are computed between two steps of others' answers.
     """
@@ -55,12 +55,12 @@ class Batching:
         *,
         plan: Planning,
         running: Running,
-        limits: Limits | None = None,
+        limits: BatchLimits | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base = base
         self._batch = partial(Batch, base, plan=plan, running=running)
-        self._limits = limits or Limits()
+        self._limits = limits or BatchLimits()
         self._now = now
         # Not reentrant: a stream that is collected as garbage is closed by any thread, even one that has the lock.
         self._changed = threading.Condition(threading.Lock())
@@ -300,4 +300,4 @@ def _overflow() -> EngineError:
     )
 
 
-__all__ = ["Batching", "Limits"]
+__all__ = ["BatchLimits", "Batching"]

@@ -23,7 +23,7 @@ import arrowmoe
 from arrowmoe.arguments import Adapter, by_digest, per_row, prompt_text, refuse_one_string
 from arrowmoe.base_model import BaseModel, Kind, load_base_model
 from arrowmoe.base_names import same_base
-from arrowmoe.batching import Batching
+from arrowmoe.batching import Batching, BatchLimits
 from arrowmoe.encoding import encode_batch
 from arrowmoe.errors import AdapterMismatchError, EngineError, GateError, RoutingError, UnknownAdapterError
 from arrowmoe.features import Vectors
@@ -67,11 +67,12 @@ class ArrowEngine:
         budget_bytes: int | None = None,
         host_bytes: int = HOST_BYTES,
         prices: Prices | None = None,
+        limits: BatchLimits | None = None,
     ) -> None:
         """Adapters take at most `budget_bytes` of the device (None: no bound); the least used make room for others.
 
         Beside a CUDA device, `host_bytes` of pinned memory keep those that left it. `prices` are what was measured here
-        (`arrowmoe bench tune`).
+        (`arrowmoe bench tune`). `limits` bound the running batch and who waits to join it.
         """
         self.base = base
         self.registry = registry
@@ -84,7 +85,7 @@ class ArrowEngine:
         self._cards: dict[str, LoRACard] = {}
         self._swarm: Swarm | None = None
         self._lock = threading.RLock()
-        self._batching = Batching(base, plan=self._plan, running=self._computing)
+        self._batching = Batching(base, plan=self._plan, running=self._computing, limits=limits)
 
     @classmethod
     def from_pretrained(

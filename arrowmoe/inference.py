@@ -258,6 +258,7 @@ class Inference:
             budget_bytes=None if settings.engine.budget_mib is None else int(settings.engine.budget_mib * 2**20),
             host_bytes=int(settings.engine.host_mib * 2**20),
             prices=arrowmoe.bench_commands.prices(settings, base),
+            limits=arrowmoe.BatchLimits(rows=settings.engine.rows, waiting=settings.engine.waiting),
         )
         engine.observer = self._observer
         return engine

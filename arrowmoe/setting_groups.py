@@ -19,7 +19,7 @@ Pushers = Annotated[tuple[Pusher, ...], NoDecode, BeforeValidator(listed)]
 
 
 class EngineSettings(BaseModel):
-    """What adapters may take."""
+    """What adapters may take, and how many requests are answered at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,6 +29,8 @@ class EngineSettings(BaseModel):
     host_mib: float = Field(
         default=4096.0, ge=0, description="most pinned memory for adapters that left a CUDA device, in MiB"
     )
+    rows: int = Field(default=64, ge=1, description="requests that are answered at once, in one batch")
+    waiting: int = Field(default=1024, ge=1, description="requests that may wait for that; more are told to come back")
 
 
 class RouterSettings(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from federation.peer import Peer
@@ -158,6 +159,7 @@ def generation(made: Generation) -> Json:
         "logprob_nats": float(made.logprob_nats),
         "finish_reason": str(made.finish_reason),
         "signal": made.signal,
+        "timing": None if made.timing is None else asdict(made.timing),
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from arrowmoe.base_model import BaseModel
-from arrowmoe.batching import Batching, Limits
+from arrowmoe.batching import Batching, BatchLimits
 from arrowmoe.engine import ArrowEngine
 from arrowmoe.errors import BusyError, DeadlineError, EngineError, UnknownAdapterError
 from arrowmoe.generation import Chunk, Generation, Prompt, Sampling
@@ -37,7 +37,7 @@ class Bench:
     tiny: BaseModel
     plain: PreTrainedModel
     manager: LoRAManager
-    limits: Limits
+    limits: BatchLimits
     cards: list[LoRACard] = field(default_factory=list)
     adapted: list[torch.nn.Module] = field(default_factory=list)
     passes: list[tuple[int, int]] = field(default_factory=list)
@@ -85,7 +85,7 @@ def bench(make: Callable[[], PreTrainedModel] = tiny_llama, path: Path | None = 
     model = make()
     plain = make_again(model)
     manager = LoRAManager(model)
-    made = Bench(tiny=base(model), plain=plain, manager=manager, limits=Limits(**{"prompt_tokens": 4, **limits}))
+    made = Bench(tiny=base(model), plain=plain, manager=manager, limits=BatchLimits(**{"prompt_tokens": 4, **limits}))
     for seed, rank in enumerate((2, 5, 16) if path else ()):
         directory = make_peft(plain, path / f"a{seed}", seed=seed, r=rank)
         made.adapted.append(load_peft(plain, directory))

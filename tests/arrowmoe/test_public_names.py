@@ -11,6 +11,7 @@ import arrowmoe
 NAMES = [
     "Answer",
     "ArrowEngine",
+    "BatchLimits",
     "ArrowMoEError",
     "BUILTINS",
     "BaseModel",

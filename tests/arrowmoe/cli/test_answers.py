@@ -17,6 +17,7 @@ from tests.arrowmoe.tiny import card_for, llama_engine
 
 ANSWER_KEYS = {
     *("text", "base", "adapters", "fetched", "prompt_tokens", "new_tokens", "logprob_nats", "finish_reason", "signal"),
+    "timing",
     *("mode", "abstained", "alpha", "threshold", "p_value", "why", "candidates"),
 }
 
