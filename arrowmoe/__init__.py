@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from arrowmoe import evolution_commands as evolution_commands
     from arrowmoe import evolution_view as evolution_view
+    from arrowmoe import extraction as extraction
     from arrowmoe import inference as inference
     from arrowmoe import operations as operations
     from arrowmoe import peering as peering
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from registry.errors import ArrowMoEError, CardError, RegistryError
     from registry.format import LoRAFormat
     from registry.identity import Identity
+    from registry.merging import Merge, merge
     from registry.store import Registry
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "LoRAManager",
     "LoRARouter",
     "LoadedLoRA",
+    "Merge",
     "MultiExpertRouter",
     "MultiLoRAWithRouter",
     "Node",
@@ -111,6 +114,7 @@ __all__ = [
     "evolution_of_engine",
     "evolution_of_node",
     "load_base_model",
+    "merge",
     "parse_address",
     "serve",
     "sync",
@@ -148,11 +152,12 @@ _NAMES_OF_MODULE = {
     "registry.errors": ("ArrowMoEError", "CardError", "RegistryError"),
     "registry.format": ("LoRAFormat",),
     "registry.identity": ("Identity",),
+    "registry.merging": ("Merge", "merge"),
     "registry.store": ("Registry",),
 }
 _LAZY_MODULES = frozenset(
     {
-        *("healing", "inference", "operations", "peer_checks", "peering", "pushing", "training", "views"),
+        *("extraction", "healing", "inference", "operations", "peer_checks", "peering", "pushing", "training", "views"),
         *("evolution_commands", "evolution_view", "signal_view", "signalling"),
         *("bench_commands", "router_commands", "router_training", "router_trials", "router_view"),
     }

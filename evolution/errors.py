@@ -8,6 +8,7 @@ EvolutionError
 │   └── DisclosureError           the policy forbids what would leave the node
 ├── BudgetSpentError      no money, tokens or time left for what was to be done
 ├── TrainingError         a training cannot start, or its process died
+├── ExtractionError       no card can be taken out of two models
 └── JobError              a job is unknown, held by another process, or cannot go on
 """
 
@@ -48,6 +49,10 @@ class TrainingError(EvolutionError):
     """A training cannot start, or its process died."""
 
 
+class ExtractionError(EvolutionError):
+    """No card can be taken out of two models."""
+
+
 class JobError(EvolutionError):
     """A job is unknown, held by another process, or cannot go on."""
 
@@ -56,6 +61,7 @@ __all__ = [
     "BudgetSpentError",
     "DisclosureError",
     "EvolutionError",
+    "ExtractionError",
     "JobError",
     "SignalError",
     "TeacherAnswerError",

@@ -9,6 +9,7 @@ ArrowMoEError
 │   ├── CardLimitError        larger than a stated limit; refused before it is parsed
 │   ├── CardIntegrityError    a digest or a signature does not match
 │   ├── ManifestError         the manifest is not valid JSON of the expected form
+│   ├── MergeError            the cards cannot become one in the way that was asked
 │   └── UnsupportedAdapterError   a PEFT adapter holds something that a card cannot
 └── RegistryError
     ├── UnknownCardError      no card under that name, label or digest
@@ -54,6 +55,10 @@ class CardIntegrityError(CardError):
 
 class ManifestError(CardError):
     """The manifest does not have the expected form."""
+
+
+class MergeError(CardError):
+    """The cards cannot become one in the way that was asked."""
 
 
 class UnsupportedAdapterError(CardError):

@@ -15,6 +15,8 @@ from arrowmoe.cli.app import App, app_of, given, group
 from arrowmoe.cli.describing import MAX_STATISTICS_BYTES, MIN_PROMPTS, Budget, MinPrompts, show_described
 from arrowmoe.cli.evolving import evidence
 from arrowmoe.cli.output import short, size
+from arrowmoe.cli.skills_extract import extract
+from arrowmoe.cli.skills_merge import merge
 from arrowmoe.cli.skills_ps import ps
 from arrowmoe.cli.skills_push import push
 from arrowmoe.cli.skills_sync import found_here, sync
@@ -289,8 +291,10 @@ def tag(
     invocation.out.result(found, lambda: invocation.out.line(" ".join(found["tags"]) or "no tags"), quiet=found["tags"])
 
 
+app.command()(extract)
 app.command()(sync)
 app.command()(push)
+app.command()(merge)
 app.command()(ps)
 
 
