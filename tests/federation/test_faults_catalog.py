@@ -80,7 +80,7 @@ def test_a_syncing_process_that_is_killed_at_any_moment_goes_on_where_it_was(
             entered = sum(offered[digest].nbytes for digest in here)
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
-                said = [*islice(process.stdout, rng.randrange(1, 120))]
+                said = [*islice(process.stdout, rng.randrange(1, 200))]
                 process.kill()
                 said += process.stdout.readlines()
             told = max(int(line) for line in said if line.endswith("\n"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -230,7 +231,7 @@ def test_a_request_of_the_wrong_form_is_refused(index_id: object) -> None:
 @given(st.binary(max_size=200))
 def test_random_bytes_never_raise_anything_else(data: bytes) -> None:
     for decode in (wire.decode_health, lambda page: wire.decode_changes(page, NOTHING), wire.decode_changes_request):
-        with pytest.raises(PeerError):
+        with suppress(PeerError):  # few are a message after all
             decode(data)
 
 
