@@ -123,7 +123,7 @@ class Line:
                 for result in results:
                     may_be_gone = False
                     yield result
-        except FederationError as error:
+        except TransportError as error:  # not one that sent too much: that is an answer of a kind
             if not may_be_gone or not isinstance(error.__cause__, _GONE):
                 raise
             yield from self._called(action, timeout_s, broken, nbytes)
@@ -202,11 +202,11 @@ class Line:
         except _ARROW_ERRORS as error:
             if self._closed:
                 raise broken(f"the line to {self.address} was closed") from error
+            if isinstance(error, (*_GONE, flight.FlightTimedOutError)) and connection is self._connection:
+                self._connection = None  # a server that was started anew has another certificate
             if self._budget.overrun:
                 self._budget.overrun = False
                 raise PeerError(f"{self.address} sent more than was asked for, so it was cut off") from error
-            if isinstance(error, (*_GONE, flight.FlightTimedOutError)) and connection is self._connection:
-                self._connection = None  # a server that was started anew has another certificate
             raise _translated(error, self.address, broken) from error
 
 
