@@ -231,9 +231,8 @@ class _Run:
                 for piece in pieces:
                     if not 0 < len(piece) <= end - at:  # of empty ones there could be no end
                         raise PeerError(f"expected 1 to {end - at} more tensor bytes, got {len(piece)}")
-                    is_lie = self._took(task, at, piece)
-                    at += len(piece)
-                    if is_lie:
+                    at += len(piece)  # before they are put down: if the card itself is at fault they are here
+                    if self._took(task, at - len(piece), piece):
                         raise PeerError(f"tensor bytes of card {task.job.wanted.digest} were damaged or forged")
                     if at - begun >= BLOCK_BYTES:
                         begun = at

@@ -4,10 +4,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import pytest
 
 from federation import limits
+from federation import transfer as transfer_module
 from federation.board import Holder
 from federation.client import LoRAFlightClient
 from federation.errors import FederationError
@@ -19,6 +21,7 @@ from registry.card import LoRACard
 from registry.digest import Digest
 from registry.drafts import BLOCK_BYTES
 from registry.entries import Origin
+from registry.errors import CardIntegrityError
 from registry.store import Registry
 from tests.federation.sources import FakeSource, holder_of, holding, wanted
 from tests.registry.cards import module_shapes, small_card
@@ -255,6 +258,28 @@ def test_a_refused_card_leaves_nothing(ours: Registry) -> None:
     outcome = only(transfer(ours, [wanted(signed, holder_of(holding(signed)))]))
     assert outcome.entry is None
     assert "removed" in outcome.failures[0][1]
+    check(ours)
+
+
+def test_tensors_of_a_card_at_fault_are_asked_for_once(ours: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it is known to have failed, other threads may take what goes back to the board."""
+
+    def refuse(tensors: object) -> None:
+        raise CardIntegrityError("it holds NaN")
+
+    failed = transfer_module._Run._failed
+
+    def failed_late(*args: Any) -> None:
+        time.sleep(0.2)
+        failed(*args)
+
+    monkeypatch.setattr("registry.drafts.check_finite", refuse)
+    monkeypatch.setattr(transfer_module._Run, "_failed", failed_late)
+    card = small_card("bad", modules=3)
+    source = holding(card, piece_bytes=card.tensors[0].nbytes)
+    outcome = only(transfer(ours, [wanted(card, holder_of(source))]))
+    assert "it holds NaN" in outcome.failures[0][1]
+    assert [asked for asked, _ in source.asked].count(0) == 1
     check(ours)
 
 
