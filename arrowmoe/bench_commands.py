@@ -33,11 +33,7 @@ def tune(
     with the prices that were in use. Raises `ModelLoadError`.
     """
     base = load_base_model(model, device=settings.device, dtype=settings.dtype, cache=settings.cache_dir)
-    trials = tuning.trials(sizes_of(base.model))
-    samples = []
-    for done, trial in enumerate(trials):
-        on_progress("measuring", done, len(trials))
-        samples += tuning.measure(trial, base.device, base.dtype, clock)
+    samples = measured(base, on_progress, clock)
     found, before = tuning.fit(samples), prices(settings, base)
     return {
         "device": str(base.device),
@@ -47,6 +43,16 @@ def tune(
         "regret_before": tuning.regret(samples, before),
         "path": str(keep_prices(settings.cache_dir, base.device, base.dtype, found)),
     }
+
+
+def measured(base: BaseModel, on_progress: Progress, clock: tuning.Clock = time.perf_counter) -> list[tuning.Sample]:
+    """Every layout in the trials for the sizes of `base`'s maps, on its device."""
+    trials = tuning.trials(sizes_of(base.model))
+    samples: list[tuning.Sample] = []
+    for done, trial in enumerate(trials):
+        on_progress("measuring", done, len(trials))
+        samples += tuning.measure(trial, base.device, base.dtype, clock)
+    return samples
 
 
 def sizes_of(model: PreTrainedModel) -> list[tuple[int, int]]:

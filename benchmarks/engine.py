@@ -2,8 +2,9 @@
 
     python -m benchmarks.engine [--rounds 7]
 
-Arms take turns within one process; a figure is the median of ratios within a round. PEFT holds the same 32 adapters.
-Last, every token chooses two of the 32 at every module, with the gates of PEFT's Arrow model (`engine_experts`).
+The prices that choose layouts are measured first, as `arrowmoe bench tune` does. Arms take turns within one process; a
+figure is the median of ratios within a round. PEFT holds the same 32 adapters. Last, every token chooses two of the 32
+at every module, with the gates of PEFT's Arrow model (`engine_experts`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel
 
+from arrowmoe.bench_commands import measured
+from arrowmoe.lora import tuning
+from arrowmoe.lora.costs import Prices
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.routing.gates import Gates
 from benchmarks.adapters import smollm2, write_adapters
@@ -48,7 +53,9 @@ def run(directory: Path, rounds: int) -> None:
     """All arms over one set of 32 adapters."""
     base = smollm2()
     paths = write_adapters(base, directory, max(COUNTS))
-    ours, manager, cards = with_cards(base.model, paths)
+    samples = measured(base, lambda *progress: None)
+    prices = tuning.fit(samples)
+    ours, manager, cards = with_cards(base.model, paths, prices)
     peft = with_peft(base.model, paths)
     vocabulary = base.model.config.vocab_size
     prompt = torch.randint(10, vocabulary, (ROWS, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
@@ -56,19 +63,23 @@ def run(directory: Path, rounds: int) -> None:
     decode = interleave(arms(decode_step, base.model, ours, peft, manager, cards, prompt), rounds=rounds)
     prefill = interleave(arms(forward, base.model, ours, peft, manager, cards, prompt), rounds=rounds)
     del peft
-    experts, peaks = Experts(base.model, ours, manager, cards, paths, prompt).measure(rounds)
+    experts, peaks = Experts(base.model, ours, manager, cards, paths, prompt, prices).measure(rounds)
     report(
         "engine",
         "PEFT (adapter_names, Arrow) and the bare base model",
         [*targets(decode, prefill), *expert_targets(experts, peaks)],
-        figures(decode, prefill) | expert_figures(experts, peaks),
+        figures(decode, prefill)
+        | expert_figures(experts, peaks)
+        | {"prices": asdict(prices) | {"regret": round(tuning.regret(samples, prices), 3)}},
     )
 
 
-def with_cards(model: PreTrainedModel, paths: Sequence[Path]) -> tuple[PreTrainedModel, LoRAManager, list[LoRACard]]:
+def with_cards(
+    model: PreTrainedModel, paths: Sequence[Path], prices: Prices
+) -> tuple[PreTrainedModel, LoRAManager, list[LoRACard]]:
     """A copy of the base with every adapter loaded from a card."""
     wrapped = copy.deepcopy(model)
-    manager = LoRAManager(wrapped)
+    manager = LoRAManager(wrapped, prices=prices)
     cards = [LoRACard.from_peft(path) for path in paths]
     for card in cards:
         manager.apply_card(card)

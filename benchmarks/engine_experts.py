@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from arrowmoe.lora.costs import Prices
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.lora.plan import Plan
 from benchmarks.harness import Arm, Times, interleave
@@ -38,13 +39,14 @@ class Experts:
         cards: Sequence[LoRACard],
         paths: Sequence[Path],
         prompt: Tensor,
+        prices: Prices,
     ) -> None:
         self._prompt = prompt
         self._base, self._ours, self._manager = base, ours, manager
         self._peft = arrow_model(base, paths)
         gates = gates_of(self._peft, prompt)
         idle = torch.zeros((len(prompt), len(cards)))
-        self._plan = Plan(tuple(card.digest for card in cards), idle, layers=gates)
+        self._plan = Plan(tuple(card.digest for card in cards), idle, layers=gates, prices=prices)
         self._check_equal()
 
     def measure(self, rounds: int) -> tuple[Times, dict[str, int]]:
