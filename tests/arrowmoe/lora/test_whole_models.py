@@ -6,20 +6,19 @@ References are PEFT's own forward passes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
+from transformers import DynamicCache, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 from arrowmoe.lora.costs import LAYOUTS
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from tests.peft_models import (
-    HIDDEN,
-    LAYERS,
-    VOCABULARY,
+    SHAPE,
     load_peft,
     make_peft,
     outputs,
@@ -43,19 +42,9 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def tiny_phi3() -> PreTrainedModel:
     """Query, key and value in one map, gate and up in another."""
-    config = Phi3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Phi3ForCausalLM(config).eval().requires_grad_(False)
+        return Phi3ForCausalLM(Phi3Config(**SHAPE)).eval().requires_grad_(False)
 
 
 def adapters(model: PreTrainedModel, directory: Path, **config: object) -> list[Path]:
@@ -117,6 +106,33 @@ def test_in_bf16_they_stay_near_pefts_fp32(layout: str, side: str, tmp_path: Pat
     with manager.gated(gates):
         found = outputs(half, inputs).float()
     assert relative_error(found[attended], by_peft(model, paths, inputs)[attended]) <= 3 * bare
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_a_prompt_in_chunks_then_token_by_token_equals_peft(
+    layout: str, build: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    """With a cache, the rows of the batch at chunks of 4, 3, 1 and 1 tokens, padded on the left."""
+    model, inputs = build(), padded("left")
+    paths = adapters(model, tmp_path)
+    ours = copy.deepcopy(model)
+    manager, gates = loaded(ours, paths)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    cache, found = DynamicCache(config=ours.config), []
+    plan = manager.plan(gates)
+    for start, end in ((0, 4), (4, 7), (7, 8), (8, 9)):
+        with manager.running(plan), torch.inference_mode():
+            made = ours(
+                ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        found.append(made.logits)
+    expected = by_peft(model, paths, inputs | {"position_ids": positions})
+    assert relative_error(torch.cat(found, dim=1)[mask.bool()], expected[mask.bool()]) <= 1e-5
 
 
 def test_fused_maps_equal_peft(layout: str, tmp_path: Path) -> None:
