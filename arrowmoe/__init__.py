@@ -11,10 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from arrowmoe import encoding as encoding
     from arrowmoe import evolution_commands as evolution_commands
     from arrowmoe import evolution_view as evolution_view
     from arrowmoe import extraction as extraction
     from arrowmoe import inference as inference
+    from arrowmoe import nested_training as nested_training
+    from arrowmoe import nested_view as nested_view
     from arrowmoe import operations as operations
     from arrowmoe import peering as peering
     from arrowmoe import router_commands as router_commands
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
     from arrowmoe.features import Features, TextFeaturizer
     from arrowmoe.generation import Chunk, Generation
     from arrowmoe.lora.layer import LoRALinear
-    from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
+    from arrowmoe.lora.manager import LoRAManager
+    from arrowmoe.lora.slots import LoadedLoRA
     from arrowmoe.node import Node, serve
     from arrowmoe.request import Answer, ask
     from arrowmoe.routing import Candidate, Decision, Gates, LoRARouter, Opinion, Policy
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
     from registry.format import LoRAFormat
     from registry.identity import Identity
     from registry.merging import Merge, merge
+    from registry.quantising import quantise
     from registry.store import Registry
 
 __all__ = [
@@ -116,6 +121,7 @@ __all__ = [
     "load_base_model",
     "merge",
     "parse_address",
+    "quantise",
     "serve",
     "sync",
 ]
@@ -131,7 +137,8 @@ _NAMES_OF_MODULE = {
     "arrowmoe.features": ("Features", "TextFeaturizer"),
     "arrowmoe.generation": ("Chunk", "Generation"),
     "arrowmoe.lora.layer": ("LoRALinear",),
-    "arrowmoe.lora.manager": ("LoRAManager", "LoadedLoRA"),
+    "arrowmoe.lora.manager": ("LoRAManager",),
+    "arrowmoe.lora.slots": ("LoadedLoRA",),
     "arrowmoe.node": ("Node", "serve"),
     "arrowmoe.routing": ("Candidate", "Decision", "Gates", "LoRARouter", "Opinion", "Policy"),
     "arrowmoe.routing.acceptance": ("Prompts", "describe"),
@@ -153,12 +160,14 @@ _NAMES_OF_MODULE = {
     "registry.format": ("LoRAFormat",),
     "registry.identity": ("Identity",),
     "registry.merging": ("Merge", "merge"),
+    "registry.quantising": ("quantise",),
     "registry.store": ("Registry",),
 }
 _LAZY_MODULES = frozenset(
     {
-        *("extraction", "healing", "inference", "operations", "peer_checks", "peering", "pushing", "training", "views"),
-        *("evolution_commands", "evolution_view", "signal_view", "signalling"),
+        *("encoding", "extraction", "healing", "inference", "operations"),
+        *("peer_checks", "peering", "pushing", "training", "views"),
+        *("evolution_commands", "evolution_view", "nested_training", "nested_view", "signal_view", "signalling"),
         *("bench_commands", "router_commands", "router_training", "router_trials", "router_view"),
     }
 )

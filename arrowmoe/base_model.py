@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
@@ -34,6 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from arrowmoe.base_names import BUILTINS, Builtin
 from arrowmoe.errors import ModelLoadError
+from arrowmoe.quantised_bases import Quantise, quantising, settle
 from registry.digest import digest_of, hex_of
 from registry.logs import get_logger
 
@@ -97,11 +99,13 @@ def load_base_model(
     name: str | None = None,
     kind: Kind | None = None,
     cache: Path | None = None,
+    quantise: Quantise | None = None,
 ) -> BaseModel:
     """Load and freeze a base model.
 
     `model` is a hub id, a directory, a `.gguf` file or a name in `BUILTINS`; `device` a torch device or "auto" (CUDA
     where there is one); `name` overrides the logical name, and `kind` what the configuration says the model is.
+    With `quantise` its linear maps, but for the output layer, are in 8 or 4 bits (the extra `quantised`).
     Raises `ModelLoadError`.
     """
     torch_dtype, torch_device = _dtype(dtype), _device(device)
@@ -111,7 +115,7 @@ def load_base_model(
         config = AutoConfig.from_pretrained(source)
         kind = kind or _kind_of(config)
         loader = AutoModelForCausalLM if kind == "causal" else AutoModel
-        loaded = loader.from_pretrained(source, dtype=torch_dtype).to(torch_device)
+        loaded = _loaded(loader, source, torch_dtype, torch_device, quantise)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelLoadError(
@@ -127,8 +131,31 @@ def load_base_model(
         tokenizer=tokenizer,
         pooling=read_pooling(source),
     )
-    log.info("base_model_loaded", name=base.name, kind=kind, dtype=str(torch_dtype), device=str(torch_device))
+    shown = {"dtype": str(torch_dtype), "device": str(torch_device), "quantise": quantise}
+    log.info("base_model_loaded", name=base.name, kind=kind, **shown)
     return base
+
+
+def load_image_model(model: str, *, dtype: str = "float32", device: str = "auto") -> PreTrainedModel:
+    """Load and freeze a classifier of images, from a hub id or a directory. Raises `ModelLoadError`."""
+    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    disable_progress_bar()
+    try:
+        loaded = _loaded(AutoModelForImageClassification, model, torch_dtype, torch_device, None)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        hint = "expected a hub id or a directory"
+        raise ModelLoadError(f"image model {model!r} cannot be loaded: {error}", hint=hint) from error
+    return loaded.eval().requires_grad_(False)
+
+
+def _loaded(
+    loader: Any, source: str, dtype: torch.dtype, device: torch.device, quantise: Quantise | None
+) -> PreTrainedModel:
+    if quantise is None:
+        return loader.from_pretrained(source, dtype=dtype).to(device)
+    model = loader.from_pretrained(source, dtype=dtype, **quantising(quantise, dtype, device))
+    settle(model, dtype)
+    return model
 
 
 def default_cache() -> Path:

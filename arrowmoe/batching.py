@@ -3,9 +3,10 @@
 A request joins between two steps and leaves when it is done. Newcomers' prompts are computed in pieces, one between two
 steps of those that are answered already; then their rows are put into the running batch (`arrowmoe.running_batch`).
 
-There is no thread of its own: whoever waits for a chunk computes the next step for everybody, unless somebody does so
-already. So nothing is computed that nobody waits for, and there is nothing to start or to stop. What one reader has
-computed for another that does not read is kept for it, which its `max_new_tokens` bounds.
+Whoever waits for a chunk computes the next step for everybody, unless somebody does so already: nothing is computed
+that nobody waits for, and there is nothing to start or to stop. What one reader has computed for another that does not
+read is kept for it, which its `max_new_tokens` bounds. Only adapters of rows that wait are loaded by another thread
+meanwhile (`arrowmoe.lora.loader`); such a row begins when they are there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +23,9 @@ import torch
 from arrowmoe.base_model import BaseModel
 from arrowmoe.errors import AdapterMemoryError, BusyError, DeadlineError, EngineError
 from arrowmoe.generation import Chunk, Prompt, Sampling, token_ids
+from arrowmoe.lora.loader import Loader
+from arrowmoe.routing.gates import Gates
+from arrowmoe.row_gates import by_row
 from arrowmoe.rows import Request, Row
 from arrowmoe.running_batch import Batch, Planning, Running, check_has_cache
 from arrowmoe.waiting import WaitingRows
@@ -55,11 +59,13 @@ class Batching:
         *,
         plan: Planning,
         running: Running,
+        loader: Loader | None = None,
         limits: BatchLimits | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._base = base
         self._batch = partial(Batch, base, plan=plan, running=running)
+        self._loader = loader
         self._limits = limits or BatchLimits()
         self._now = now
         # Not reentrant: a stream that is collected as garbage is closed by any thread, even one that has the lock.
@@ -78,14 +84,16 @@ class Batching:
         weights: Sequence[Mapping[str, float]],
         sampling: Sampling,
         *,
+        finer: Gates | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[Chunk]:
         """Chunks as text becomes certain, the last of each row with its `Generation`; closing it gives the rest up.
 
-        `weights` are each row's adapters, by digest. Raises `PromptError`, `BusyError` where too many rows wait,
-        `DeadlineError` after `timeout_s`, and whatever ended a forward pass that one of its rows was in.
+        `weights` are each row's adapters, by digest; `finer` the gates where tokens or layers have their own. Raises
+        `PromptError`, `GateError`, `BusyError` where too many rows wait, `DeadlineError` after `timeout_s`, and what
+        ended a forward pass that one of its rows was in.
         """
-        request = self._submit(prompts, weights, sampling, timeout_s)
+        request = self._submit(prompts, weights, sampling, finer, timeout_s)
         try:
             while (chunk := self._next(request)) is not None:
                 yield chunk
@@ -97,6 +105,7 @@ class Batching:
         prompts: Sequence[Prompt],
         weights: Sequence[Mapping[str, float]],
         sampling: Sampling,
+        finer: Gates | None,
         timeout_s: float | None,
     ) -> Request:
         check_has_cache(self._base)
@@ -104,11 +113,13 @@ class Batching:
         now_s = self._now()
         deadline_s = math.inf if timeout_s is None else now_s + timeout_s
         request = Request(sampling=sampling, left=len(ids), submitted_s=now_s, deadline_s=deadline_s)
-        made = zip(ids, weights, strict=True)
-        rows = [Row(self._base, request, index, prompt, used) for index, (prompt, used) in enumerate(made)]
+        own = [None] * len(ids) if finer is None else by_row(finer, [len(prompt) for prompt in ids])
+        made = zip(ids, weights, own, strict=True)
+        rows = [Row(self._base, request, index, *given) for index, given in enumerate(made)]
         with self._changed:
             self._check_room()
             self._waiting.add(rows)
+            self._load_ahead()
         return request
 
     def _check_room(self) -> None:
@@ -163,6 +174,7 @@ class Batching:
         with self._changed:
             self._sweep()
             self._newcomers = self._take_newcomers()
+            self._load_ahead()
         if self._newcomers:
             self._joining, self._newcomers = self._begin(self._newcomers), []
         if self._joining is not None:
@@ -186,9 +198,19 @@ class Batching:
         if self._running is not None and (self._adapters_wait or not self._running.can_change):
             return []
         rows: list[Row] = []
-        while self._waiting and self._is_room_for(self._waiting.first(), rows):
-            rows.append(self._waiting.pop())
+        while (row := self._waiting.first(self._can_begin)) is not None and self._is_room_for(row, rows):
+            rows.append(self._waiting.pop(row))
         return rows
+
+    def _can_begin(self, adapters: Collection[str]) -> bool:
+        """Whether rows with these adapters need not wait for them; while nothing is computed, waiting costs nobody."""
+        return self._running is None or self._loader is None or not self._loader.is_loading(adapters)
+
+    def _load_ahead(self) -> None:
+        """Have the adapters loaded of whoever comes next."""
+        if self._loader is not None:
+            begun = [digest for row in self._newcomers for digest in row.weights]
+            self._loader.ask([*begun, *self._waiting.adapters(self._limits.rows)])
 
     def _is_room_for(self, row: Row, others: Sequence[Row]) -> bool:
         """Whether `row` fits beside `others` and those that are answered; alone it always does."""

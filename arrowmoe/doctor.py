@@ -16,6 +16,7 @@ from importlib import metadata
 import arrowmoe
 from arrowmoe.checks import Check
 from arrowmoe.home import running_node
+from arrowmoe.memory_monitor import read_memory
 from arrowmoe.settings import CONFIG_VARIABLE, DEBUG_VARIABLE, PREFIX, Settings
 from registry.errors import ArrowMoEError
 from registry.identity import KEY_FILE
@@ -98,6 +99,13 @@ def _disk(settings: Settings) -> Iterator[Check]:
         detail = f"{free / (1 << 30):.1f} GiB free"
         hint = "make room: cards and converted models need some" if low else None
         yield Check(name=name, status="warn" if low else "ok", detail=detail, hint=hint)
+
+
+def _memory(settings: Settings) -> Iterator[Check]:
+    now, floor = read_memory(), settings.engine.floor_mib * 2**20
+    detail = f"{now.free / (1 << 30):.1f} GiB free of the {now.limited_by}'s {now.limit / (1 << 30):.1f}"
+    hint = "no adapter is loaded below engine.floor_mib: free some memory, or lower it" if now.free < floor else None
+    yield Check(name="memory", status="warn" if hint else "ok", detail=detail, hint=hint)
 
 
 def _registry(settings: Settings) -> Iterator[Check]:
@@ -215,6 +223,7 @@ _CHECKS: tuple[Callable[[Settings], Iterator[Check]], ...] = (
     _variables,
     _home,
     _disk,
+    _memory,
     _registry,
     _node,
     _teacher,

@@ -12,6 +12,12 @@ from arrowmoe.base_model import BaseModel, Pooling
 from arrowmoe.features import Vectors
 
 
+def cut(base: BaseModel, texts: Sequence[str]) -> list[bool]:
+    """Of each text, whether it is longer than the model reads, so that its end counts for nothing."""
+    ids = base.tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+    return [len(one) > _max_tokens(base) for one in ids]
+
+
 @torch.inference_mode()
 def encode_batch(base: BaseModel, texts: Sequence[str]) -> Vectors:
     """Texts → (n, d) float32, as one batch padded on the right; longer texts are cut at the model's own limit."""
@@ -29,6 +35,11 @@ def encode_batch(base: BaseModel, texts: Sequence[str]) -> Vectors:
     states = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     vectors: Vectors = pool(states.float(), batch["attention_mask"], base.pooling).cpu().numpy()
     return vectors
+
+
+def token_counts(base: BaseModel, texts: Sequence[str]) -> list[int]:
+    """How many tokens `encode_batch` makes of each text."""
+    return [len(ids) for ids in base.tokenizer(list(texts), truncation=True, max_length=_max_tokens(base))["input_ids"]]
 
 
 def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:

@@ -10,9 +10,8 @@ the bare base model answers only where it was asked for, or where the router abs
 from __future__ import annotations
 
 import platform
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, overload
@@ -20,27 +19,30 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 import arrowmoe
-from arrowmoe.arguments import Adapter, by_digest, per_row, prompt_text, refuse_one_string
+from arrowmoe.adapters import Adapters
+from arrowmoe.arguments import Adapter, by_digest, listed, per_row, prompt_text, strings
 from arrowmoe.base_model import BaseModel, Kind, load_base_model
-from arrowmoe.base_names import same_base
 from arrowmoe.batching import Batching, BatchLimits
-from arrowmoe.encoding import encode_batch
-from arrowmoe.errors import AdapterMismatchError, EngineError, GateError, RoutingError, UnknownAdapterError
+from arrowmoe.encoding import encode_batch, token_counts
+from arrowmoe.errors import EngineError, GateError, RoutingError
 from arrowmoe.features import Vectors
 from arrowmoe.generation import Chunk, Generation, Prompt, Sampling
 from arrowmoe.lora.costs import Prices
-from arrowmoe.lora.manager import LoadedLoRA, LoRAManager
-from arrowmoe.lora.plan import Plan
+from arrowmoe.lora.loader import Loads
+from arrowmoe.lora.memory import device_memory
+from arrowmoe.lora.slots import LoadedLoRA
 from arrowmoe.lora.tiers import Memory, Residence
+from arrowmoe.memory_monitor import MemoryGuard
+from arrowmoe.quantised_bases import Quantise
 from arrowmoe.routing.gates import Gates
 from arrowmoe.routing.seams import Observer, TextRouter
 from arrowmoe.routing.statistics import CardStatistics
+from arrowmoe.row_gates import check_tokens
 from arrowmoe.swarm import Swarm
 from federation.errors import FederationError
 from federation.sync import SyncProgress, SyncReport
 from registry.card import LoRACard
 from registry.errors import RegistryError
-from registry.format import LoRAFormat
 from registry.store import Registry
 
 if TYPE_CHECKING:
@@ -68,24 +70,28 @@ class ArrowEngine:
         host_bytes: int = HOST_BYTES,
         prices: Prices | None = None,
         limits: BatchLimits | None = None,
+        guard: MemoryGuard | None = None,
     ) -> None:
         """Adapters take at most `budget_bytes` of the device (None: no bound); the least used make room for others.
 
         Beside a CUDA device, `host_bytes` of pinned memory keep those that left it. `prices` are what was measured here
-        (`arrowmoe bench tune`). `limits` bound the running batch and who waits to join it.
+        (`arrowmoe bench tune`). `limits` bound the running batch and who waits to join it. `guard` keeps memory free
+        when adapters are loaded; without one there is no floor.
         """
         self.base = base
-        self.registry = registry
         self.router = router
         self.observer: Observer | None = None
-        self._manager = LoRAManager(
-            base.model, budget_bytes=budget_bytes, host_bytes=host_bytes, find=self._card_again, prices=prices
+        self._adapters = Adapters(
+            base, registry=registry, budget_bytes=budget_bytes, host_bytes=host_bytes, prices=prices, guard=guard
         )
-        self._names: dict[str, str] = {}
-        self._cards: dict[str, LoRACard] = {}
         self._swarm: Swarm | None = None
-        self._lock = threading.RLock()
-        self._batching = Batching(base, plan=self._plan, running=self._computing, limits=limits)
+        self._batching = Batching(
+            base,
+            plan=self._adapters.plan,
+            running=self._adapters.running,
+            loader=self._adapters.loader,
+            limits=limits,
+        )
 
     @classmethod
     def from_pretrained(
@@ -96,18 +102,30 @@ class ArrowEngine:
         dtype: str = "float32",
         name: str | None = None,
         kind: Kind | None = None,
+        quantise: Quantise | None = None,
         registry: Registry | None = None,
     ) -> ArrowEngine:
         """Load a base model: a hub id, a directory, a `.gguf` file, `builtin:smollm2` or `builtin:minilm`.
 
-        `name` overrides the logical name that cards are compared with. Raises `ModelLoadError`.
+        `name` overrides the logical name that cards are compared with; `quantise` as `load_base_model` takes it.
+        Raises `ModelLoadError`.
         """
-        return cls(load_base_model(model, device=device, dtype=dtype, name=name, kind=kind), registry=registry)
+        base = load_base_model(model, device=device, dtype=dtype, name=name, kind=kind, quantise=quantise)
+        return cls(base, registry=registry)
 
     @property
     def name(self) -> str:
         """The base model's logical name."""
         return self.base.name
+
+    @property
+    def registry(self) -> Registry | None:
+        """Where adapters are found that nobody loaded."""
+        return self._adapters.registry
+
+    @registry.setter
+    def registry(self, registry: Registry | None) -> None:
+        self._adapters.registry = registry
 
     def load_lora(self, source: str | Path | LoRACard) -> str:
         """Load a card, a `.lora.arrow` file, or a card of the registry by name or digest; returns the card's name.
@@ -115,50 +133,42 @@ class ArrowEngine:
         The name then means this card. Raises `UnknownAdapterError`, `AdapterMismatchError`, `UnsupportedCardError`,
         or the registry's and the format's own errors.
         """
-        card = self._card(source)
-        self.hold(card)
-        with self._lock:
-            self._names[card.name] = card.digest
-        return card.name
+        return self._adapters.load(source)
 
     def hold(self, card: LoRACard) -> LoadedLoRA:
         """Load a card that is asked for by its digest; what its name means stays as it is. Raises as `load_lora`."""
-        loaded = self._hold(card)
-        self._cards[card.digest] = card
-        return loaded
+        return self._adapters.hold(card)
 
     def remove_lora(self, name: str) -> bool:
         """Take an adapter out, by name or digest; whether it was there. Without adapters the base is bit-identical."""
-        with self._lock:
-            meant = {self._names.pop(name)} if name in self._names else self._called(name)
-            self._names = {known: digest for known, digest in self._names.items() if digest not in meant}
-            removed = [self._manager.remove_card(digest) for digest in meant]
-            for digest in meant:
-                self._cards.pop(digest, None)
-            return any(removed)
+        return self._adapters.remove(name)
 
     def list_loras(self) -> list[LoadedLoRA]:
         """The loaded adapters, in loading order, wherever they are now (`residences`)."""
-        return self._manager.loaded()
+        return self._adapters.loaded()
 
     def keep_lora(self, name: str, *, pinned: bool | None = None, priority: int | None = None) -> None:
         """Pin an adapter, by name or digest, to the device, or have those of lower `priority` (0) leave before it.
 
         Raises as `generate` does for an adapter.
         """
-        digest = self._digest(name)
-        with self._lock:
-            self._manager.keep(digest, pinned=pinned, priority=priority)
+        self._adapters.keep(name, pinned=pinned, priority=priority)
 
     def residences(self) -> list[Residence]:
         """Where each adapter is, what it takes, and what uses it."""
-        with self._lock:
-            return self._manager.residences()
+        return self._adapters.residences()
 
     def memory(self) -> Memory:
         """What adapters take of the device and the host."""
-        with self._lock:
-            return self._manager.memory()
+        return self._adapters.memory()
+
+    def device_memory(self) -> tuple[int, int] | None:
+        """(free, total) bytes of a CUDA device; None where the model has no device of its own."""
+        return device_memory(self.base.device)
+
+    def loads(self) -> Loads:
+        """Adapters that were loaded while others computed, and those that were waited for."""
+        return self._adapters.loader.loads()
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Texts → (n, d) float32, by the bare base model."""
@@ -166,13 +176,15 @@ class ArrowEngine:
 
     def encode_with_lora(self, texts: Sequence[str], adapter: Adapter = "auto") -> Vectors:
         """Texts → (n, d) float32. `adapter` is as for `generate`."""
-        refuse_one_string("texts", texts)
+        texts = strings("texts", texts)
         gates = self.resolve(adapter, texts)
+        tokens = [0] * len(texts) if gates.tokens is None else token_counts(self.base, texts)
+        check_tokens(gates, tokens)
         vectors = np.zeros((len(texts), self.base.d_model), dtype=np.float32)
         by_length = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for start in range(0, len(texts), BATCH_ROWS):
             rows = by_length[start : start + BATCH_ROWS]
-            with self.computing(gates.rows(rows)):
+            with self.computing(gates.rows(rows).columns(0, max(tokens[row] for row in rows))):
                 vectors[rows] = encode_batch(self.base, [texts[row] for row in rows])
         for row, text in enumerate(texts):
             self._saw(text, gates, row)
@@ -229,11 +241,17 @@ class ArrowEngine:
         `BusyError` where too many rows wait, and `DeadlineError` after `timeout_s`.
         """
         if self.base.kind != "causal":
-            raise EngineError(f"{self.base.name} is an encoder, so it cannot generate", hint="use encode_with_lora()")
-        refuse_one_string("prompts", prompts)
-        refuse_one_string("stop strings", stop)
+            raise EngineError(
+                f"{self.base.name} is an encoder, so it cannot generate",
+                hint="ask a causal model; an encoder turns texts into vectors: encode()",
+            )
+        prompts = listed("prompts", prompts)
         sampling = Sampling(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, stop=tuple(stop), seed=seed
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            stop=tuple(strings("stop strings", stop)),
+            seed=seed,
         )
         if not prompts:
             return iter(()) if stream else []
@@ -316,44 +334,31 @@ class ArrowEngine:
         """What `adapter` means for rows with these `texts`: gates over known adapters, loaded here if they are new."""
         if isinstance(adapter, Gates):
             gates = adapter
-        elif adapter == "auto":
+        elif isinstance(adapter, str) and adapter == "auto":
             gates = self._route(texts)
         else:
             rows = per_row(adapter, len(texts))
-            digests = {name: self._digest(name) for name in dict.fromkeys(name for row in rows for name in row)}
-            names = {loaded.digest: loaded.name for loaded in self._manager.loaded()}
+            digests = {
+                name: self._adapters.digest(name) for name in dict.fromkeys(name for row in rows for name in row)
+            }
+            names = {loaded.digest: loaded.name for loaded in self._adapters.loaded()}
             gates = Gates.of([by_digest(row, digests) for row in rows], names)
         if len(gates) != len(texts):
             raise GateError(f"expected gates for {len(texts)} rows, got {len(gates)}")
         for digest in gates.adapters:
-            self._digest(digest)
+            self._adapters.digest(digest)
         return gates
 
-    @contextmanager
-    def computing(self, gates: Gates) -> Iterator[None]:
+    def computing(self, gates: Gates) -> AbstractContextManager[None]:
         """Be the only caller that runs forward passes, with `gates`: a row of them per row of the batch."""
-        ready = self._manager.prepare_missing(gates.adapters)
-        with self._lock, self._manager.running(self._manager.plan(gates, ready)):
-            yield
-
-    def _hold(self, card: LoRACard) -> LoadedLoRA:
-        self._check_base(card)
-        with self._lock:
-            if card.digest in self._manager:
-                return self._manager.apply_card(card)
-        ready = self._manager.prepare(card)  # beside whatever is computed meanwhile
-        with self._lock:
-            return self._manager.put(ready)
-
-    def _called(self, name: str) -> set[str]:
-        """Digests of the loaded adapters of that name, or with that digest."""
-        return {loaded.digest for loaded in self._manager.loaded() if name in (loaded.name, loaded.digest)}
+        return self._adapters.computing(gates)
 
     def _chunks(
         self, prompts: Sequence[Prompt], gates: Gates, sampling: Sampling, timeout_s: float | None
     ) -> Iterator[Chunk]:
         weights = [gates.weights_of(row) for row in range(len(gates))]
-        for chunk in self._batching.generate(prompts, weights, sampling, timeout_s=timeout_s):
+        finer = gates if gates.layers or gates.tokens is not None else None
+        for chunk in self._batching.generate(prompts, weights, sampling, finer=finer, timeout_s=timeout_s):
             if chunk.generation is None:
                 yield chunk
             else:
@@ -367,18 +372,6 @@ class ArrowEngine:
             return None
         return self.observer.saw(self.name, text, gates.decisions[row], generation)
 
-    def _plan(self, gates: Gates, *, after: Plan | None = None) -> Plan | None:
-        """The plan of a batch. What is not on the device is made ready beside the forward passes of other batches."""
-        ready = self._manager.prepare_missing(gates.adapters)
-        with self._lock:
-            return self._manager.plan(gates, ready, after=after)
-
-    @contextmanager
-    def _computing(self, plan: Plan | None) -> Iterator[None]:
-        """One forward pass at a time, with the gates of `plan`."""
-        with self._lock, self._manager.running(plan):
-            yield
-
     def _route(self, texts: Sequence[str]) -> Gates:
         if self.router is None:
             raise RoutingError(
@@ -386,51 +379,3 @@ class ArrowEngine:
                 hint="set engine.router, or name an adapter",
             )
         return self.router.route_texts(texts, base=self.base.name)
-
-    def _digest(self, name: str) -> str:
-        """The digest of the adapter that `name` (or a digest) means, loaded from the registry if need be.
-
-        A name given to `load_lora` means that card; any other is asked of the registry each time, so that a new
-        version is used as soon as it is published.
-        """
-        if name in self._names:
-            return self._names[name]
-        if name in self._manager:
-            return name
-        if self.registry is None:
-            raise UnknownAdapterError(
-                f"no adapter {name!r} is loaded; loaded are: {', '.join(self._names) or 'none'}",
-                hint="load it with load_lora(), or give the engine a registry",
-            )
-        digest = self.registry.entry(name).digest
-        if digest not in self._manager:
-            self._hold(self.registry.get(digest))
-        return digest
-
-    def _card_again(self, digest: str) -> LoRACard:
-        """The card of an adapter that left the device: the one that was given, else the registry's."""
-        if (card := self._cards.get(digest)) is not None:
-            return card
-        if self.registry is None:
-            raise UnknownAdapterError(f"adapter {digest!r} was removed just now", hint="load it with load_lora()")
-        return self.registry.get(digest)
-
-    def _card(self, source: str | Path | LoRACard) -> LoRACard:
-        if isinstance(source, LoRACard):
-            return source
-        if isinstance(source, Path) or str(source).endswith(".lora.arrow"):
-            return LoRAFormat.load(source)
-        if self.registry is None:
-            raise UnknownAdapterError(
-                f"expected a card, a .lora.arrow file, or a registry to find {source!r} in",
-                hint="pass registry= to from_pretrained()",
-            )
-        return self.registry.get(source)
-
-    def _check_base(self, card: LoRACard) -> None:
-        trained_on = card.manifest.base.name
-        if not same_base(trained_on, self.base.name):
-            raise AdapterMismatchError(
-                f"card {card.name!r} was trained on {trained_on}, the engine runs {self.base.name}",
-                hint="load that base model; if it is the same one under another name, pass name= to from_pretrained()",
-            )

@@ -9,8 +9,8 @@ from typing import Any
 from arrowmoe import views
 from evolution.errors import ExtractionError
 from evolution.extractor import Extraction, LoRAExtractor, Others, Progress
-from evolution.low_rank import Truncation
 from evolution.model_files import ModelFiles
+from registry.low_rank import Cut
 from registry.store import Registry
 
 Json = dict[str, Any]
@@ -26,15 +26,15 @@ def extract(
     about: dict[str, Any],
     on_progress: Progress,
 ) -> Json:
-    """Publish what `tuned` has learned beyond `base` as a card, within a bound of `Truncation`; `about` has its name.
+    """Publish what `tuned` has learned beyond `base` as a card, within a bound of `Cut`; `about` has its name.
 
     Raises `ExtractionError`, and `LabelTakenError` for a name and version that mean another card.
     """
     try:
-        truncation = Truncation(**bound)
+        cut = Cut(**bound)
     except ValueError as error:
         raise ExtractionError(str(error)) from error
-    extractor = LoRAExtractor(truncation=truncation, others=others, on_progress=on_progress)
+    extractor = LoRAExtractor(cut=cut, others=others, on_progress=on_progress)
     one, other = ModelFiles(base), ModelFiles(tuned)
     found = extractor.extract(other, one, one.layout, base_name=one.name, **about)
     return told(found, views.card(registry.publish(found.card)))
@@ -42,7 +42,7 @@ def extract(
 
 def told(found: Extraction, card: Json) -> Json:
     """An extraction as a command tells it."""
-    modules = [{"module": module, "rank": cut.rank, "error": cut.error} for module, cut in found.cuts.items()]
+    modules = [{"module": module, "rank": kept.rank, "error": kept.error} for module, kept in found.kept.items()]
     return {"card": card, "error": found.error, "modules": modules, "whole": [asdict(one) for one in found.others]}
 
 

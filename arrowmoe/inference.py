@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import arrowmoe
 from arrowmoe.base_names import logical_name
 from arrowmoe.errors import EngineError
+from arrowmoe.memory_monitor import MemoryGuard, read_memory
 from arrowmoe.settings import Settings
 from arrowmoe.swarm import Offer
 from registry.card import LoRACard
@@ -181,6 +182,11 @@ class Inference:
             adapter = self._routed(engine, texts)
         return engine.encode_with_lora(texts, adapter=adapter)
 
+    def cut(self, texts: Sequence[str], *, base: str | None = None, **_: Any) -> list[bool]:
+        """Whether each of `texts` is too long for the encoder, which then reads only its beginning."""
+        found: list[bool] = arrowmoe.encoding.cut(self.engine(base, kind="encoder").base, texts)
+        return found
+
     @property
     def featurizer(self) -> Featurizer:
         """What the router sees prompts with; waits for the embedder."""
@@ -212,7 +218,13 @@ class Inference:
     def adapters(self) -> list[dict[str, Any]]:
         """Of each model that is ready: what its adapters take, and where each of them is."""
         engines = [future.result() for future in self._engines.values() if _is_ready(future)]
-        return [arrowmoe.views.adapters(engine.name, engine.memory(), engine.residences()) for engine in engines]
+        now = read_memory()
+        return [
+            arrowmoe.views.adapters(
+                engine.name, engine.memory(), engine.residences(), engine.loads(), now, engine.device_memory()
+            )
+            for engine in engines
+        ]
 
     def _policy(self, changes: Mapping[str, Any] | None) -> Policy | None:
         """The settings' policy with `changes`; None for the router's own."""
@@ -251,7 +263,14 @@ class Inference:
 
     def _load_engine(self, model: str) -> ArrowEngine:
         settings = self._settings
-        base = arrowmoe.load_base_model(model, device=settings.device, dtype=settings.dtype, cache=settings.cache_dir)
+        base = arrowmoe.load_base_model(
+            model,
+            device=settings.device,
+            dtype=settings.dtype,
+            cache=settings.cache_dir,
+            # Cards' statistics are in the space of the whole embedder.
+            quantise=None if model == settings.embedder else settings.engine.quantised,
+        )
         engine = arrowmoe.ArrowEngine(
             base,
             registry=self._registry,
@@ -259,6 +278,7 @@ class Inference:
             host_bytes=int(settings.engine.host_mib * 2**20),
             prices=arrowmoe.bench_commands.prices(settings, base),
             limits=arrowmoe.BatchLimits(rows=settings.engine.rows, waiting=settings.engine.waiting),
+            guard=MemoryGuard(int(settings.engine.floor_mib * 2**20)),
         )
         engine.observer = self._observer
         return engine

@@ -136,8 +136,8 @@ def inference_handlers(inference: Inference) -> Mapping[str, Handler]:
         engine = inference.engine(params.get("base"), kind="encoder")
         vectors = inference.encode(**params)
         return [
-            {"text": text, "base": engine.name, "vector": [float(value) for value in vector]}
-            for text, vector in zip(params["texts"], vectors, strict=True)
+            {"text": text, "base": engine.name, "vector": [float(value) for value in vector], "cut": is_cut}
+            for text, vector, is_cut in zip(params["texts"], vectors, inference.cut(**params), strict=True)
         ]
 
     return {"route": route, "ask": ask, "generate": generate, "encode": encode}

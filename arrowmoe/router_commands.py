@@ -56,7 +56,10 @@ class Workbench:
         if model not in self._engines:
             self.on_progress(f"loading {model}", 0, 0)
             chosen = self.settings
-            base = load_base_model(model, device=chosen.device, dtype=chosen.dtype, cache=chosen.cache_dir)
+            quantise = None if model == chosen.embedder else chosen.engine.quantised
+            base = load_base_model(
+                model, device=chosen.device, dtype=chosen.dtype, cache=chosen.cache_dir, quantise=quantise
+            )
             self._engines[model] = ArrowEngine(base, registry=self.registry)
         return self._engines[model]
 

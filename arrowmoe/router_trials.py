@@ -15,6 +15,7 @@ from arrowmoe.errors import RoutingError
 from arrowmoe.features import Features
 from arrowmoe.router_commands import Json, Workbench
 from arrowmoe.routing import heads
+from arrowmoe.routing.by_weights import ByWeights
 from arrowmoe.routing.dataset import RoutingExample
 from arrowmoe.routing.evaluation import score_router
 from arrowmoe.routing.gates import Gates
@@ -40,7 +41,7 @@ def evaluate(
 ) -> Json:
     """Figures of the closed-form router on a labelled dataset; `report` is where an HTML report is written."""
     examples, cards = _judged(bench, data, base)
-    entrant = Entrant(router=_closed_form(bench, cards, lambda kept: kept), cards=cards)
+    entrant = Entrant(router=_as_a_node(bench, cards, base), cards=cards)
     policy = bench.policy(mode=mode, alpha=alpha)
     entrant = replace(entrant, options={"policy": policy})
     name = _named(policy)
@@ -67,7 +68,7 @@ def compare(
     """
     examples, cards = _judged(bench, data, base)
     found: dict[str, RoutingEvaluation] = {}
-    for name, entrant in list(_entrants(bench, cards, causal, trained, generative)):
+    for name, entrant in list(_entrants(bench, cards, base, causal, trained, generative)):
         bench.on_progress(f"routing by {name}", len(found), 0)
         found[name] = score_router(entrant, examples)
     if report is not None:
@@ -109,9 +110,14 @@ class Entrant:
 
 
 def _entrants(
-    bench: Workbench, cards: Sequence[Indexed], causal: str, trained: Sequence[Path], generative: Sequence[str]
+    bench: Workbench,
+    cards: Sequence[Indexed],
+    base: str | None,
+    causal: str,
+    trained: Sequence[Path],
+    generative: Sequence[str],
 ) -> Iterator[tuple[str, Entrant]]:
-    closed = Entrant(router=_closed_form(bench, cards, lambda kept: kept), cards=cards)
+    closed = Entrant(router=_as_a_node(bench, cards, base), cards=cards)
     for mode in COMPARED_MODES:
         for alpha in COMPARED_ALPHAS:
             policy = bench.policy(mode=mode, alpha=alpha)
@@ -134,6 +140,20 @@ def _closed_form(
     router = LoRARouter(bench.featurizer, policy=bench.policy(), cache=bench.settings.cache_dir)
     for one in cards:
         router.register_card(one.entry, change(one.statistics))
+    return router
+
+
+def _as_a_node(bench: Workbench, cards: Sequence[Indexed], base: str | None) -> LoRARouter:
+    """The router of a node with `base`, else with the settings' bases, where mere names are judged by their weights."""
+    router = _closed_form(bench, cards, lambda kept: kept)
+    profiles = router.profiles()
+    silent = [one.card for one in cards if profiles[one.entry.digest].evidence == "name"]
+    for model in bench.settings.bases if base is None else (base,):
+        known = router.for_base(logical_name(model))
+        if fitting := [card for card in silent if card.digest in known]:
+            scorer = ByWeights(bench.engine(model))
+            scorer.keep(fitting)
+            router.by_weights = (*router.by_weights, scorer)
     return router
 
 

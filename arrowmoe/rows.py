@@ -15,6 +15,7 @@ from torch import Tensor
 
 from arrowmoe.base_model import BaseModel
 from arrowmoe.generation import Chunk, FinishReason, Generation, Sampling, Timing, end_tokens
+from arrowmoe.routing.gates import Gates
 
 _GREEDY_BELOW = 1e-6  # log-probabilities divided by less than this overflow
 
@@ -49,16 +50,26 @@ class Request:
 
 
 class Row:
-    """Row `index` of a request: its prompt, its adapters (`weights` by digest), and what was made of it so far."""
+    """Row `index` of a request: its prompt, its adapters (`weights` by digest), and what was made of it so far.
+
+    `finer` are its gates where tokens or layers have their own: one row of them, for as many tokens as the prompt has.
+    """
 
     def __init__(
-        self, base: BaseModel, request: Request, index: int, prompt: Sequence[int], weights: Mapping[str, float]
+        self,
+        base: BaseModel,
+        request: Request,
+        index: int,
+        prompt: Sequence[int],
+        weights: Mapping[str, float],
+        finer: Gates | None = None,
     ) -> None:
         sampling = request.sampling
         self.request = request
         self.index = index
         self.prompt = prompt
         self.weights = weights
+        self.finer = finer
         self.most_tokens = len(prompt) + sampling.max_new_tokens
         self.finish_reason: FinishReason | None = None
         self.started_s = self.first_token_s = request.submitted_s

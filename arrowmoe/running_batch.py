@@ -22,6 +22,7 @@ from arrowmoe.errors import EngineError
 from arrowmoe.generation import pad
 from arrowmoe.lora.plan import Plan
 from arrowmoe.routing.gates import Gates
+from arrowmoe.row_gates import gates_of, prompt_gates_of
 from arrowmoe.rows import Row, choose_tokens
 
 
@@ -43,10 +44,12 @@ class Batch:
         self.rows: list[Row | None] = list(rows)
         self._base = base
         self._planning, self._running = plan, running
-        self._plan = plan(_gates_of(rows))
+        self._plan = plan(gates_of(rows))
         padded = pad(base, [row.prompt for row in rows])
         self._ids: Tensor = padded["input_ids"]  # (rows, tokens that were not computed yet)
         self._mask: Tensor = padded["attention_mask"]  # (rows, tokens), of all of them
+        self._prompt_gates = prompt_gates_of(rows, self.columns)
+        self._prompt_plan = plan(self._prompt_gates) if self._prompt_gates is not None else None
         self._cache = DynamicCache(config=base.model.config)
         self.is_answering = False
 
@@ -69,9 +72,11 @@ class Batch:
         """Compute up to `columns` tokens of each row: None while prompts go on, then each row's next token, in nats."""
         taken, rest = self._ids[:, :columns], self._ids[:, columns:]
         mask = self._mask[:, : self._mask.shape[1] - rest.shape[1]]
-        with self._running(self._plan):
+        with self._running(self._plan_for(taken.shape[1])):
             logits = _forward(self._base, taken, mask, self._cache)
         self._ids = rest
+        if not rest.shape[1]:
+            self._prompt_gates = self._prompt_plan = None
         return None if rest.shape[1] else choose_tokens(self.rows, logits[:, -1])
 
     def feed(self, tokens: Sequence[int]) -> None:
@@ -93,7 +98,7 @@ class Batch:
         if len(live) < len(self.rows):
             kept = [place if self.rows[place] is not None else live.pop() for place in range(len(live))]
             rows = [self.rows[place] for place in kept]
-            self._plan = self._planning(_gates_of(rows), after=self._plan)
+            self._plan = self._planning(gates_of(rows), after=self._plan)
             self.rows = rows
             places = torch.tensor(kept, device=self._ids.device)
             self._ids, self._mask = self._ids[places], self._mask[places]
@@ -111,7 +116,7 @@ class Batch:
         rows = self.rows + [None] * (max(places) + 1 - len(self.rows))
         for place, row in zip(places, other.rows, strict=True):
             rows[place] = row
-        self._plan = self._planning(_gates_of(rows), after=self._plan)
+        self._plan = self._planning(gates_of(rows), after=self._plan)
         self.rows = rows
         self._trim()
         columns = max(self._mask.shape[1], other._mask.shape[1])
@@ -123,6 +128,14 @@ class Batch:
             if mine.is_initialized:
                 mine.keys = _put(mine.keys, theirs.keys, places)
                 mine.values = _put(mine.values, theirs.values, places)
+
+    def _plan_for(self, columns: int) -> Plan | None:
+        """The plan of the next so many tokens of each row."""
+        gates = self._prompt_gates
+        if gates is None or gates.tokens == columns:
+            return self._prompt_plan or self._plan
+        first = self._mask.shape[1] - self._ids.shape[1]
+        return self._planning(gates.columns(first, first + columns))  # its adapters are held by the whole prompt's
 
     def _trim(self) -> None:
         """Give up the leading columns that no row here attends to."""
@@ -136,12 +149,6 @@ class Batch:
             self._mask = torch.nn.functional.pad(self._mask, (more, 0))
             for layer in self._cache.layers:
                 _stand_at(layer, columns - 1)
-
-
-def _gates_of(rows: Sequence[Row | None]) -> Gates:
-    """Gates of a batch; a place without a row uses none."""
-    weights = [{} if row is None else row.weights for row in rows]
-    return Gates.of(weights, {digest: digest for row in weights for digest in row})
 
 
 def check_has_cache(base: BaseModel) -> None:

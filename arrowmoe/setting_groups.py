@@ -29,8 +29,19 @@ class EngineSettings(BaseModel):
     host_mib: float = Field(
         default=4096.0, ge=0, description="most pinned memory for adapters that left a CUDA device, in MiB"
     )
+    floor_mib: float = Field(
+        default=256.0, ge=0, description="memory that must stay free where an adapter is loaded, in MiB"
+    )
     rows: int = Field(default=64, ge=1, description="requests that are answered at once, in one batch")
     waiting: int = Field(default=1024, ge=1, description="requests that may wait for that; more are told to come back")
+    quantise: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="bits of base models' linear maps, by bitsandbytes; the embedder stays whole"
+    )
+
+    @property
+    def quantised(self) -> Literal["8bit", "4bit"] | None:
+        """`quantise` as `load_base_model` takes it."""
+        return None if self.quantise == "none" else self.quantise
 
 
 class RouterSettings(BaseModel):

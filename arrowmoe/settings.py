@@ -70,11 +70,17 @@ def _address(text: str) -> str:
     return text
 
 
+def _said(path: Any) -> Any:
+    if path == "":  # as a path it would be the working directory
+        raise ValueError("expected a directory, got an empty word")
+    return path
+
+
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
 
 
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+AbsolutePath = Annotated[Path, BeforeValidator(_said), AfterValidator(_absolute)]
 SecretUrl = Annotated[
     SecretStr, PlainSerializer(lambda url: shown(url.get_secret_value()), return_type=str, when_used="json")
 ]

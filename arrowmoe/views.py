@@ -14,7 +14,9 @@ from registry.entries import CardEntry, VerifyReport
 
 if TYPE_CHECKING:
     from arrowmoe.generation import Generation
+    from arrowmoe.lora.loader import Loads
     from arrowmoe.lora.tiers import Memory, Residence
+    from arrowmoe.memory_monitor import MemoryReading
     from arrowmoe.request import Answer
     from arrowmoe.routing.gates import Candidate, Decision, Gates
     from evolution.budget import Standing
@@ -163,11 +165,24 @@ def generation(made: Generation) -> Json:
     }
 
 
-def adapters(base: str, memory: Memory, residences: Sequence[Residence]) -> Json:
-    """What the adapters of one base model take, and where each of them is."""
+def adapters(
+    base: str,
+    memory: Memory,
+    residences: Sequence[Residence],
+    loads: Loads,
+    process: MemoryReading,
+    device: tuple[int, int] | None,
+) -> Json:
+    """What the adapters of one base model take of the memory that there is, and where each of them is.
+
+    `device` are the (free, total) bytes of one with memory of its own.
+    """
     return {
         "base": base,
         "bytes": {"slots": memory.slots, "budget": memory.budget, "layouts": memory.layouts, "host": memory.host},
+        "loads": asdict(loads),
+        "process": asdict(process),
+        "device": None if device is None else dict(zip(("free", "total"), device, strict=True)),
         "adapters": [
             {
                 "digest": one.digest,

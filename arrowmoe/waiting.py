@@ -6,7 +6,8 @@ So whoever asks a thousand things of one adapter delays the others by a row at a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 
 from arrowmoe.rows import Row
 
@@ -28,14 +29,19 @@ class WaitingRows:
         for row in rows:
             self._lines.setdefault(frozenset(row.weights), deque()).append(row)
 
-    def first(self) -> Row:
-        """Whose turn it is."""
-        return next(iter(self._lines.values()))[0]
+    def adapters(self, lines: int) -> list[str]:
+        """The adapters that are needed next, by the first so many lines."""
+        return [digest for adapters in islice(self._lines, lines) for digest in sorted(adapters)]
 
-    def pop(self) -> Row:
-        """Take out whose turn it is; their line is the last one now."""
-        adapters, line = next(iter(self._lines.items()))
-        row = line.popleft()
+    def first(self, can_begin: Callable[[Collection[str]], bool]) -> Row | None:
+        """Whose turn it is of those whose adapters allow it."""
+        return next((line[0] for adapters, line in self._lines.items() if can_begin(adapters)), None)
+
+    def pop(self, row: Row) -> Row:
+        """Take out the first of its line, which is the last line now."""
+        adapters = frozenset(row.weights)
+        line = self._lines[adapters]
+        line.popleft()
         del self._lines[adapters]
         if line:
             self._lines[adapters] = line

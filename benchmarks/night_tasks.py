@@ -69,13 +69,13 @@ def families() -> list[Family]:
     return [intents(), facts(), dates()]
 
 
-def intents() -> Family:
+def intents(per_intent: int = PER_INTENT, test_per_intent: int = TEST_PER_INTENT) -> Family:
     """A domain's sentences, to be answered by the name of their intent."""
     clinc, domains = _read("clinc150_data_full.json"), _read("clinc150_domains.json")
     return Family(
         name="intents",
-        traffic=_of_each(clinc["train"], domains[DOMAIN], PER_INTENT),
-        test=_of_each(clinc["test"], domains[DOMAIN], TEST_PER_INTENT),
+        traffic=_of_each(clinc["train"], domains[DOMAIN], per_intent),
+        test=_of_each(clinc["test"], domains[DOMAIN], test_per_intent),
     )
 
 

@@ -78,7 +78,7 @@ def main() -> None:
 
 def adapters() -> list[Expert]:
     """The six experts, trained where the cache lacks them. Raises `DataMissingError`."""
-    clinc, domains = _read("clinc150_data_full.json"), _read("clinc150_domains.json")
+    clinc, domains = read_data("clinc150_data_full.json"), read_data("clinc150_domains.json")
     return [_expert(domain, domains[domain], clinc) for domain in list(domains)[:DOMAINS]]
 
 
@@ -177,7 +177,8 @@ def _of_rows(adapter: Adapter, batch: Sequence[int]) -> Adapter:
     return [adapter[index] for index in batch]
 
 
-def _read(name: str) -> Any:
+def read_data(name: str) -> Any:
+    """A JSON file of the data sets. Raises `DataMissingError`."""
     path = data_directory() / name
     if not path.is_file():
         raise DataMissingError(

@@ -26,16 +26,15 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
     notes: Mapping[str, Any] = field(default_factory=dict)
 
-    def write(self, output: Path) -> None:
-        """Replace the checkpoint of an output directory."""
+    def write(self, path: Path) -> None:
+        """Replace the checkpoint at `path`."""
         flat = {f"{group}/{name}": tensor for group, kept in self.tensors.items() for name, tensor in kept.items()}
-        with written_whole(output / CHECKPOINT) as file:
+        with written_whole(path) as file:
             file.write(save(flat, metadata={_NOTES: json.dumps(self.notes)}))
 
 
-def read_checkpoint(output: Path) -> Checkpoint | None:
-    """The checkpoint of an output directory, if there is one. Raises `TrainingError`."""
-    path = output / CHECKPOINT
+def read_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path`, if there is one. Raises `TrainingError`."""
     if not path.exists():
         return None
     tensors: dict[str, dict[str, Tensor]] = {}

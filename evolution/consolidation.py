@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from evolution.errors import TrainingError
+from evolution.intruders import soften
 from evolution.nested import Factors, NestedLoRA
+from registry import low_rank
 from registry.logs import get_logger
 
 log = get_logger(__name__)
@@ -28,7 +31,8 @@ log = get_logger(__name__)
 class Consolidation:
     """The factors of the three sums, and at most which rank, and which share of squared singular values, to keep.
 
-    With neither `rank` nor `energy` nothing is cut. Raises `TrainingError`.
+    With neither `rank` nor `energy` nothing is cut. Intruder dimensions of W + slow are left at `intruders` of their
+    strength before the cut; at 1 they are not looked for, which takes long. Raises `TrainingError`.
     """
 
     slow: float = 1.0
@@ -36,12 +40,19 @@ class Consolidation:
     left: float = 0.0
     rank: int | None = None
     energy: float | None = None
+    intruders: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise TrainingError(f"expected a rank of at least 1 to keep, got {self.rank}")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise TrainingError(f"expected an energy in (0, 1] to keep, got {self.energy}")
+        if not 0 <= self.intruders <= 1:
+            raise TrainingError(f"expected intruders left at 0 to 1 of their strength, got {self.intruders}")
+        try:
+            self.cut()
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+
+    def cut(self) -> low_rank.Cut:
+        """Where the joined pair is cut off."""
+        return low_rank.Cut(rank=self.rank, energy=self.energy)
 
     @classmethod
     def ema(cls, decay: float, *, rank: int | None = None, energy: float | None = None) -> Self:
@@ -59,6 +70,8 @@ class Cut:
     rank: int
     norm: float
     lost: float
+    intruders: int = 0
+    """Directions that were left at a part of their strength, before the cut."""
 
     @property
     def lost_energy(self) -> float:
@@ -101,13 +114,20 @@ def consolidate(nested: NestedLoRA, task: int, how: Consolidation | None = None)
     odd = [path for path, pair in joined.items() if not all(factor.isfinite().all() for factor in pair)]
     if odd:
         raise TrainingError(f"expected finite weights, got NaN or infinite ones at {odd[0]!r}, so nothing was changed")
-    kept = {path: truncate(*pair, rank=how.rank, energy=how.energy) for path, pair in joined.items()}
+    softened = {path: _softened(nested, path, pair, how) for path, pair in joined.items()}
+    kept = {path: truncate(*pair, how.cut()) for path, (pair, _) in softened.items()}
     for path, layer in nested.layers.items():
         layer.slow.become(kept[path].a, kept[path].b)
     nested.reset(task, left=how.left)
     scale = abs(nested.scaling)
     cuts = {
-        path: Cut(rank_joined=len(joined[path][0]), rank=len(one.a), norm=scale * one.norm, lost=scale * one.lost)
+        path: Cut(
+            rank_joined=len(joined[path][0]),
+            rank=len(one.a),
+            norm=scale * one.norm,
+            lost=scale * one.lost,
+            intruders=softened[path][1],
+        )
         for path, one in kept.items()
     }
     lost_energy = max(one.lost_energy for one in cuts.values())
@@ -132,60 +152,21 @@ def join(parts: list[tuple[Factors, float]]) -> Factors:
     return torch.cat([a for (a, _), _ in used]), torch.cat([weight * b for (_, b), weight in used], dim=1)
 
 
-def truncate(a: Tensor, b: Tensor, *, rank: int | None, energy: float | None) -> Truncated:
-    """The best pair of at most `rank`, and no larger than `energy` needs; with neither the pair as it is.
+def _softened(nested: NestedLoRA, path: str, pair: Factors, how: Consolidation) -> tuple[Factors, int]:
+    return soften(nested.layers[path], pair, how.intruders) if how.intruders < 1 else (pair, 0)
 
-    √S goes to either side. B A = Q_b (R_b R_aᵀ) Q_aᵀ, so only a (rank, rank) matrix is decomposed, in float64.
-    """
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    q_b, r_b = torch.linalg.qr(b.double())
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    energies = s.square()
-    norm = float(energies.sum().sqrt())
-    if rank is None and energy is None:
-        return Truncated(a=a, b=b, norm=norm, lost=0.0)
-    keep = _kept(s, rank, energy)
-    if norm == 0:
+
+def truncate(a: Tensor, b: Tensor, cut: low_rank.Cut) -> Truncated:
+    """The best pair for B A at the cut; with no bound the pair as it is. √S goes to either side."""
+    whole = low_rank.Term(a=a.cpu().numpy(), b=b.cpu().numpy())
+    if not cut.bounds:
+        return Truncated(a=a, b=b, norm=sqrt(low_rank.squared_norm(whole)), lost=0.0)
+    found = low_rank.reduce([whole], cut)
+    if found.wanted == 0:
         # √S would leave A zero as well, and a pair of two zeros never learns.
-        return Truncated(a=a[:keep], b=torch.zeros_like(b[:, :keep]), norm=0.0, lost=0.0)
-    root = s[:keep].sqrt()
-    return Truncated(
-        a=((root[:, None] * vh[:keep]) @ q_a.T).to(a.dtype),
-        b=(q_b @ (u[:, :keep] * root)).to(b.dtype),
-        norm=norm,
-        lost=float(energies[keep:].sum().sqrt()),
-    )
-
-
-def intruder_dimensions(weight: Tensor, change: Tensor, *, top: int = 10, cosine: float = 0.5) -> tuple[int, ...]:
-    """Which of the `top` left singular vectors of W + ΔW have |cosine| below `cosine` with all of W's.
-
-    Shuttleworth et al. 2024, arXiv:2410.21228, algorithm 1; they go with forgetting. W and ΔW are (d_out, d_in).
-    """
-    before = torch.linalg.svd(weight.double(), full_matrices=False).U
-    after = torch.linalg.svd(weight.double() + change.double(), full_matrices=False).U[:, :top]
-    nearest = (before.T @ after).abs().amax(dim=0)
-    return tuple((nearest < cosine).nonzero().flatten().tolist())
-
-
-@torch.no_grad()
-def intruders(nested: NestedLoRA, *, top: int = 10, cosine: float = 0.5) -> dict[str, tuple[int, ...]]:
-    """The intruder dimensions of the slow pair at every layer; two decompositions of each weight, so it takes time."""
-    return {
-        path: intruder_dimensions(
-            layer.base.weight, layer.scaling * layer.slow.b @ layer.slow.a, top=top, cosine=cosine
-        )
-        for path, layer in nested.layers.items()
-    }
-
-
-def _kept(s: Tensor, rank: int | None, energy: float | None) -> int:
-    """How many singular values to keep: never one that is rounding, and at least one."""
-    keep = int((s > s[0] * len(s) * torch.finfo(s.dtype).eps).sum())
-    if energy is not None:
-        reached = s.square().cumsum(0) / s.square().sum()
-        keep = min(keep, int((reached < energy).sum()) + 1)
-    return max(1, min(keep, rank or keep))
+        return Truncated(a=a[:1], b=torch.zeros_like(b[:, :1]), norm=0.0, lost=0.0)
+    kept_a, kept_b = (torch.from_numpy(factor).to(a) for factor in (found.term.a, found.term.b))
+    return Truncated(a=kept_a, b=kept_b, norm=sqrt(found.wanted), lost=sqrt(found.missed))
 
 
 __all__ = [
@@ -194,8 +175,6 @@ __all__ = [
     "Cut",
     "Truncated",
     "consolidate",
-    "intruder_dimensions",
-    "intruders",
     "join",
     "roll_back",
     "truncate",

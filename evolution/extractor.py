@@ -1,6 +1,6 @@
 """Taking an adapter out of what others trained: a card out of the difference of two models' weights.
 
-Each linear module whose weight changed gets the best B A of its difference (`evolution.low_rank`), with a rank of its
+Each linear module whose weight changed gets the best B A of its difference (`registry.low_rank`), with a rank of its
 own and scaling 1. Anything else that changed (embeddings, norms, biases, convolutions) has no low-rank form here: it is
 refused by name, or kept whole as `full` tensors; it is never dropped. Weights come one at a time, so memory holds a few
 modules and the card.
@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, Final, Literal
 
+import numpy as np
 import torch
 
 from evolution.errors import ExtractionError
-from evolution.low_rank import Factors, Truncation, factorise
 from evolution.model_files import ModelLayout, Weights
 from registry.card import LoRACard
 from registry.digest import Digest, digest_of
 from registry.logs import get_logger
+from registry.low_rank import Approximation, Cut, decompose
 from registry.manifest import AdapterSpec
 from registry.tensor import DType, Role, Tensor
 
@@ -46,7 +47,7 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Kept:
     """What was kept of one module's difference; `error` is relative to the difference, in the Frobenius norm."""
 
     rank: int
@@ -59,20 +60,20 @@ class Extraction:
     """The card, what each module kept, and what changed besides the linear modules (all kept whole in the card)."""
 
     card: LoRACard
-    cuts: Mapping[str, Cut]
+    kept: Mapping[str, Kept]
     others: Sequence[Change]
 
     @property
     def error(self) -> float:
         """Relative Frobenius error over all linear modules together."""
-        return _error_of(self.cuts.values())
+        return _error_of(self.kept.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAExtractor:
     """Makes cards of fine-tuned models; `others` says what becomes of changes that are not a linear module's."""
 
-    truncation: Truncation
+    cut: Cut
     others: Others = "refuse"
     on_progress: Progress = lambda text, done, total: None
 
@@ -94,20 +95,20 @@ class LoRAExtractor:
         difference = _Difference(tuned, base)
         difference.check_names(layout)
         others = self._others(difference, layout)
-        factors = self._factors(difference, layout)
-        cuts = {module: _cut(found) for module, found in factors.items()}
-        tensors = [tensor for module, found in factors.items() for tensor in _tensors(module, found)]
-        whole = _whole(others, factors.keys(), layout)
+        pairs = self._pairs(difference, layout)
+        kept = {module: _kept(found) for module, found in pairs.items()}
+        tensors = [tensor for module, found in pairs.items() for tensor in _tensors(module, found)]
+        whole = _whole(others, pairs.keys(), layout)
         card = LoRACard.build(
             name=name,
-            adapter=_spec({module: cut.rank for module, cut in cuts.items()}, layout),
-            tensors=[*tensors, *(_full(kept, tuned.tensor(source)) for kept, source in whole.items())],
+            adapter=_spec({module: one.rank for module, one in kept.items()}, layout),
+            tensors=[*tensors, *_fulls(whole, tuned)],
             base_name=base_name,
             base_architecture=layout.architecture,
-            training={"extraction": self._provenance(tuned, base, cuts, sorted(whole))},
+            training={"extraction": self._provenance(tuned, base, kept, sorted(whole))},
             **about,
         )
-        return Extraction(card=card, cuts=cuts, others=others)
+        return Extraction(card=card, kept=kept, others=others)
 
     def _others(self, difference: _Difference, layout: ModelLayout) -> list[Change]:
         linear = {f"{module}.weight" for module in layout.linear}
@@ -127,8 +128,8 @@ class LoRAExtractor:
             raise ExtractionError(f"expected to keep whole what changed, got {_listed(unknown or changes)}: {why}")
         return changes
 
-    def _factors(self, difference: _Difference, layout: ModelLayout) -> dict[str, Factors]:
-        found: dict[str, Factors] = {}
+    def _pairs(self, difference: _Difference, layout: ModelLayout) -> dict[str, Approximation]:
+        found: dict[str, Approximation] = {}
         for done, (module, transposed) in enumerate(layout.linear.items()):
             self.on_progress(module, done, len(layout.linear))
             delta = difference.of(f"{module}.weight")
@@ -136,7 +137,7 @@ class LoRAExtractor:
                 continue
             if not bool(torch.isfinite(delta).all()):
                 raise ExtractionError(f"expected finite weights, got NaN or infinite ones in {module}")
-            found[module] = factorise(delta.T if transposed else delta, self.truncation)
+            found[module] = decompose((delta.T if transposed else delta).numpy(), self.cut)
         if not found:
             raise ExtractionError(
                 "expected linear modules that differ from the base, got none, so there is no adapter to extract",
@@ -145,12 +146,12 @@ class LoRAExtractor:
         return found
 
     def _provenance(
-        self, tuned: Weights, base: Weights | None, cuts: Mapping[str, Cut], whole: Sequence[str]
+        self, tuned: Weights, base: Weights | None, kept: Mapping[str, Kept], whole: Sequence[str]
     ) -> dict[str, Any]:
         return {
             "method": "svd",
-            "bound": self.truncation.bound,
-            "error": _error_of(cuts.values()),
+            "bound": self.cut.bounds,
+            "error": _error_of(kept.values()),
             "tuned": weights_digest(tuned),
             "base": None if base is None else weights_digest(base),
             "whole": list(whole),
@@ -250,18 +251,24 @@ def _spec(ranks: Mapping[str, int], layout: ModelLayout) -> AdapterSpec:
     )
 
 
-def _cut(found: Factors) -> Cut:
-    return Cut(rank=found.rank, energy=found.energy, error=sqrt(found.discarded / found.energy))
+def _kept(found: Approximation) -> Kept:
+    return Kept(rank=found.term.rank, energy=found.wanted, error=sqrt(found.missed / found.wanted))
 
 
-def _error_of(cuts: Iterable[Cut]) -> float:
-    cuts = list(cuts)
-    return sqrt(sum(cut.error**2 * cut.energy for cut in cuts) / sum(cut.energy for cut in cuts))
+def _error_of(kept: Iterable[Kept]) -> float:
+    kept = list(kept)
+    return sqrt(sum(one.error**2 * one.energy for one in kept) / sum(one.energy for one in kept))
 
 
-def _tensors(module: str, found: Factors) -> tuple[Tensor, Tensor]:
-    a, b = found.a.cpu().numpy(), found.b.cpu().numpy()
+def _tensors(module: str, found: Approximation) -> tuple[Tensor, Tensor]:
+    a, b = (factor.astype(np.float32, copy=False) for factor in (found.term.a, found.term.b))
     return Tensor.from_numpy(module, Role.A, a), Tensor.from_numpy(module, Role.B, b)
+
+
+def _fulls(whole: Mapping[str, str], tuned: Weights) -> Iterator[Tensor]:
+    """One tensor for each name; those of one source share its bytes."""
+    made = {source: _full(source, tuned.tensor(source)) for source in dict.fromkeys(whole.values())}
+    return (replace(made[source], name=name) for name, source in whole.items())
 
 
 def _full(name: str, tensor: torch.Tensor) -> Tensor:
@@ -287,4 +294,4 @@ def _listed(changes: Sequence[Change]) -> str:
     return f"{text} and {len(changes) - _NAMED_AT_MOST} more" if len(changes) > _NAMED_AT_MOST else text
 
 
-__all__ = ["Change", "Cut", "Extraction", "LoRAExtractor", "Others", "weights_digest"]
+__all__ = ["Change", "Extraction", "Kept", "LoRAExtractor", "Others", "weights_digest"]

@@ -4,7 +4,8 @@
 
 Training task k has g_k = 1 and all others out of the graph: gradients reach the slow pair and fast pair k alone, which
 is why they get none rather than zeros (AdamW moves a weight on its old momentum where its gradient is zero). Inference
-with no task named has every g_k = 1, or 1 / K. Each row may have a task of its own.
+with no task named has every g_k = 1, or 1 / K. Each row may have a task of its own, or gates of its own for all tasks.
+The sum is computed by `evolution.gated`, as in the engine.
 
 The layers of one model share a `TaskContext`, so a model is used by one thread at a time. What happens at the end of a
 task is in `evolution.consolidation`, how the pairs become cards in `evolution.nested_cards`.
@@ -12,7 +13,7 @@ task is in `evolution.consolidation`, how the pairs become cards in `evolution.n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from evolution.errors import TrainingError
+from evolution.gated import Concatenated, Segment, add_joined, add_segments
 from evolution.targets import adaptable, plan_by_name
 from evolution.training_job import FineTuning
 
@@ -42,14 +44,17 @@ class Rows:
 
 @dataclass(eq=False, kw_only=True)
 class TaskContext:
-    """Which fast pairs the batch in flight uses: one task's, each row's own, or with None all of them, combined."""
+    """Which fast pairs the batch in flight uses: one task's, each row's own, or with None all of them, combined.
+
+    Gates are (rows, tasks).
+    """
 
     combine: Combine = "sum"
-    chosen: int | Rows | None = field(default=None)
+    chosen: int | Rows | Tensor | None = field(default=None)
 
 
 class LowRank(nn.Module):
-    """x (…, d_in) → x Aᵀ Bᵀ (…, d_out), with A (rank, d_in) and B (d_out, rank) in fp32."""
+    """A (rank, d_in) and B (d_out, rank) in fp32, which learn."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -77,11 +82,6 @@ class LowRank(nn.Module):
         """Rows of A."""
         return self.a.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The change at x, not yet scaled."""
-        hidden: Tensor = functional.linear(x, self.a)
-        return functional.linear(hidden, self.b)
-
 
 class NestedLoRALinear(nn.Module):
     """A linear layer, frozen, with a slow pair and the fast pairs of all tasks."""
@@ -105,29 +105,43 @@ class NestedLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, …, d_in) → (rows, …, d_out). Raises `TrainingError` where the task is not known that it needs."""
         y: Tensor = self.base(x)
-        return y + (self.scaling * self._change(x.to(self.slow.a.dtype))).to(y.dtype)
+        wide = self.slow.a.dtype
+        # The pairs stay in fp32 and are added in place, which autocast does not see.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._add(y.to(wide), x.to(wide)).to(y.dtype)
 
-    def _change(self, x: Tensor) -> Tensor:
-        chosen = self.context.chosen
-        change: Tensor = self.slow(x)
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        chosen, rows = self.context.chosen, x.shape[0]
         if isinstance(chosen, int):
-            return change.add(self.fast[chosen](x))
-        if chosen is not None:
-            return self._add_rows(change, x, chosen)
+            return add_joined(y, x, self._joined([self.slow, self.fast[chosen]], self.scaling))
+        if isinstance(chosen, Rows):
+            _check_rows(rows, chosen.count)
+            segments = [self._segment(task, own.to(x.device)) for task, own in chosen.by_task.items()]
+            return add_segments(add_joined(y, x, self._joined([self.slow], self.scaling)), x, segments, rows)
+        if chosen is None:
+            chosen = self._all(x)
+        _check_rows(rows, len(chosen))
+        return add_joined(y, x, self._joined([self.slow, *self.fast], self._coefficients(chosen.to(x))))
+
+    def _all(self, x: Tensor) -> Tensor:
+        """The gates where no task is named (rows, tasks)."""
         if self.training:
             raise TrainingError("expected a task to train on, got none, so no fast LoRA can be chosen", hint=_HINT)
         share = 1 / len(self.fast) if self.context.combine == "mean" else 1.0
-        for fast in self.fast:
-            change = change + share * fast(x)
-        return change
+        return x.new_full((x.shape[0], len(self.fast)), share)
 
-    def _add_rows(self, change: Tensor, x: Tensor, chosen: Rows) -> Tensor:
-        if x.shape[0] != chosen.count:
-            raise TrainingError(f"expected a task for each of {x.shape[0]} rows, got {chosen.count} tasks")
-        for task, rows in chosen.by_task.items():
-            own = rows.to(x.device)
-            change = change.index_add(0, own, self.fast[task](x.index_select(0, own)))
-        return change
+    def _coefficients(self, gates: Tensor) -> Tensor:
+        """Gates (rows, tasks) times the scaling, with slow's 1 before them, as (rows, Σ rank)."""
+        ranks = torch.tensor([self.slow.rank, *(fast.rank for fast in self.fast)], device=gates.device)
+        return (self.scaling * functional.pad(gates, (1, 0), value=1.0)).repeat_interleave(ranks, dim=1)
+
+    def _joined(self, pairs: Sequence[LowRank], coefficients: Tensor | float) -> Concatenated:
+        a, b = torch.cat([pair.a for pair in pairs]), torch.cat([pair.b.T for pair in pairs])
+        return Concatenated(a=a, b=b, coefficients=coefficients)
+
+    def _segment(self, task: int, rows: Tensor) -> Segment:
+        fast = self.fast[task]
+        return Segment(a=fast.a, b=fast.b.T, units=rows, coefficients=self.scaling)
 
 
 class NestedLoRA:
@@ -161,6 +175,8 @@ class NestedLoRA:
     @contextmanager
     def using(self, task: int | Tensor) -> Iterator[None]:
         """Within, the model computes slow + fast[task]; a tensor (rows,) of task ids gives each row its own.
+
+        Gates (rows, tasks) compute slow + Σ gate · fast; they may learn, and then every fast pair does.
 
         Stay within until after the backward pass: activations that are computed anew there need the task as well.
         Raises `TrainingError` for a task that is not there.
@@ -204,12 +220,16 @@ class NestedLoRA:
         nested = NestedLoRALinear(layer, slow, scaling=self.scaling, context=self._context)
         return nested.train(layer.training)
 
-    def _chosen(self, task: int | Tensor) -> int | Rows:
+    def _chosen(self, task: int | Tensor) -> int | Rows | Tensor:
         if isinstance(task, int):
             self.check(task)
             return task
+        if task.is_floating_point() and task.dim() == 2 and task.shape[1] == self.tasks:
+            return task
         if task.dim() != 1 or task.is_floating_point():
-            raise TrainingError(f"expected task ids (rows,), got {task.dtype} of {tuple(task.shape)}")
+            raise TrainingError(
+                f"expected task ids (rows,) or gates (rows, {self.tasks}), got {task.dtype} of {tuple(task.shape)}"
+            )
         found = sorted(set(task.tolist()))
         for one in found:
             self.check(one)
@@ -229,6 +249,11 @@ def attach(model: Any, tuning: FineTuning, *, tasks: int = 1, combine: Combine =
     nested = NestedLoRA(model, tuning, _layers(model, tuning), TaskContext(combine=combine))
     nested.grow(tasks)
     return nested
+
+
+def _check_rows(expected: int, got: int) -> None:
+    if got != expected:
+        raise TrainingError(f"expected a task for each of {expected} rows, got {got} tasks")
 
 
 def _layers(model: Any, tuning: FineTuning) -> dict[str, nn.Linear]:

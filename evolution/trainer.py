@@ -1,57 +1,26 @@
-"""Trains the expert of a job: validation that stops early, checkpoints to go on from, an adapter at the end.
-
-A run that was killed goes on from its last checkpoint, and its losses are bit for bit those of a run that was not, on
-the same machine with as many threads. A finished job is not trained again.
-"""
+"""Trains the expert of a job by `evolution.descent`, an adapter at the end. A finished job is not trained again."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-import torch
-from torch import Tensor
-
-from evolution.checkpoint import CHECKPOINT, Checkpoint, read_checkpoint
 from evolution.contrastive import Contrast, Embed
+from evolution.descent import Course, Descended, Descent, Loss, forget
 from evolution.errors import TrainingError
-from evolution.fine_tuning import Optimiser, attach, save_bf16
+from evolution.fine_tuning import attach, save_bf16
 from evolution.planning import planned
 from evolution.supervised import Answers
-from evolution.target_plan import PLAN, Plan
-from evolution.training_job import (
-    ADAPTER,
-    OnStep,
-    Phase,
-    ProgressLog,
-    Step,
-    StoppedWhy,
-    Trained,
-    TrainingJob,
-    read_trained,
-    same_job,
-    write_trained,
-)
+from evolution.target_plan import PLAN
+from evolution.training_job import ADAPTER, OnStep, Trained, TrainingJob, read_trained, same_job, write_trained
 from registry.digest import Digest
 from registry.logs import get_logger
 
 TASK_TYPES: Final = {"sft": "CAUSAL_LM", "contrastive": "FEATURE_EXTRACTION"}
 
 log = get_logger(__name__)
-
-
-class Loss(Protocol):
-    """What a training descends on."""
-
-    def losses(self, step: int) -> Iterator[tuple[Tensor, float]]:
-        """Parts that sum to the step's loss, each with its share of the examples' own loss, in nats."""
-
-    def validation_nats(self) -> float:
-        """The loss of the held-out examples."""
 
 
 class ExpertTrainer:
@@ -81,10 +50,37 @@ class ExpertTrainer:
             task_type=TASK_TYPES[job.objective],
             rank_pattern=job.rank_pattern if plan is None else plan.rank_pattern(job.tuning),
         )
+        course = Course(
+            output=job.output,
+            tuning=job.tuning,
+            identity=_Identity(job=fingerprint, plan=None if plan is None else plan.digest()),
+            validation=job.validation,
+            checkpoint_every_steps=job.checkpoint_every_steps,
+        )
         try:
-            return _Run(job, adapted, self._loss(adapted), _Identity.of(fingerprint, plan), on_step).to_the_end()
+            return self._kept(adapted, Descent(course, adapted, self._loss(adapted), on_step).to_the_end(), fingerprint)
         finally:
             adapted.unload().eval()
+
+    def _kept(self, adapted: Any, done: Descended, fingerprint: Digest) -> Trained:
+        trained = Trained(
+            adapter_dir=self._job.output / ADAPTER,
+            steps=done.steps,
+            best_validation_nats=done.best_validation_nats,
+            losses_nats=done.losses_nats,
+            stopped_why=done.stopped_why,
+            seconds=done.seconds,
+        )
+        save_bf16(adapted, trained.adapter_dir)
+        write_trained(trained, fingerprint)
+        forget(self._job.output)
+        log.info(
+            "training_ended",
+            steps=trained.steps,
+            why=trained.stopped_why,
+            validation_nats=trained.best_validation_nats,
+        )
+        return trained
 
     def _loss(self, adapted: Any) -> Loss:
         if self._job.objective == "sft":
@@ -94,16 +90,6 @@ class ExpertTrainer:
         return Contrast(self._job, adapted, self._embed)
 
 
-@dataclass(kw_only=True)
-class _State:
-    """What JSON can say of a run; its step is the number of losses."""
-
-    losses_nats: list[float] = field(default_factory=list)
-    best_nats: float | None = None
-    misses: int = 0
-    seconds: float = 0.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Identity:
     """What a checkpoint must agree with."""
@@ -111,9 +97,8 @@ class _Identity:
     job: Digest
     plan: Digest | None
 
-    @classmethod
-    def of(cls, fingerprint: Digest, plan: Plan | None) -> _Identity:
-        return cls(job=fingerprint, plan=None if plan is None else plan.digest())
+    def notes(self) -> Mapping[str, str | None]:
+        return asdict(self)
 
     def check(self, notes: Mapping[str, Any], path: Path) -> None:
         same_job(notes["job"], self.job, path)
@@ -124,126 +109,4 @@ class _Identity:
             )
 
 
-class _Run:
-    def __init__(self, job: TrainingJob, adapted: Any, loss: Loss, identity: _Identity, on_step: OnStep | None) -> None:
-        self._job, self._adapted, self._loss, self._identity = job, adapted, loss, identity
-        self._on_step, self._progress = on_step, ProgressLog(job.output)
-        self._optimiser = Optimiser(adapted, job.tuning)
-        self._weights = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
-        self._best: dict[str, Tensor] = {}
-        self._state = _State()
-
-    def to_the_end(self) -> Trained:
-        self._resume()
-        state, began_s = self._state, time.perf_counter() - self._state.seconds
-        self._adapted.train()
-        while (why := self._stopped()) is None:
-            self._descend()
-            if self._validates():
-                self._validate()
-            state.seconds = time.perf_counter() - began_s
-            if len(state.losses_nats) % self._job.checkpoint_every_steps == 0:
-                self._save()
-        return self._finish(why)
-
-    def _stopped(self) -> StoppedWhy | None:
-        validation = self._job.validation
-        if validation is not None and self._state.misses >= validation.patience:
-            return "patience"
-        return "steps" if len(self._state.losses_nats) >= self._job.tuning.steps else None
-
-    def _descend(self) -> None:
-        step, loss_nats = len(self._state.losses_nats), 0.0
-        for part, own_nats in self._loss.losses(step):
-            torch.autograd.backward(part)
-            loss_nats += own_nats if math.isfinite(part.item()) else math.nan
-        if not math.isfinite(loss_nats):
-            raise TrainingError(
-                f"expected a finite loss, got {loss_nats} at step {step + 1}, so the adapter is of no use",
-                hint="train with a lower learning rate, or in float32",
-            )
-        self._optimiser.descend()
-        self._state.losses_nats.append(loss_nats)
-        self._tell("train", loss_nats)
-
-    def _validates(self) -> bool:
-        validation, step = self._job.validation, len(self._state.losses_nats)
-        return validation is not None and (step % validation.every_steps == 0 or step == self._job.tuning.steps)
-
-    def _validate(self) -> None:
-        self._adapted.eval()
-        nats = self._loss.validation_nats()
-        self._adapted.train()
-        self._tell("validate", nats)
-        if self._state.best_nats is None or nats < self._state.best_nats:
-            self._state.best_nats, self._state.misses = nats, 0
-            self._best = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        else:
-            self._state.misses += 1
-
-    def _tell(self, phase: Phase, loss_nats: float) -> None:
-        taken = len(self._state.losses_nats)
-        step = Step(phase=phase, step=taken, steps=self._job.tuning.steps, loss_nats=loss_nats)
-        self._progress.append(step)
-        if self._on_step is not None:
-            self._on_step(step)
-
-    def _save(self) -> None:
-        Checkpoint(
-            tensors={
-                "adapter": self._weights,
-                "best": self._best,
-                "optimiser": self._optimiser.moments(),
-                "random": _random_states(self._adapted.device),
-            },
-            notes=asdict(self._identity) | {"state": asdict(self._state)},
-        ).write(self._job.output)
-
-    def _resume(self) -> None:
-        checkpoint = read_checkpoint(self._job.output)
-        if checkpoint is None:
-            return
-        self._identity.check(checkpoint.notes, self._job.output / CHECKPOINT)
-        self._state = _State(**checkpoint.notes["state"])
-        self._set(checkpoint.tensors["adapter"])
-        self._best = dict(checkpoint.tensors.get("best", {}))
-        self._optimiser.resume(checkpoint.tensors["optimiser"], len(self._state.losses_nats))
-        _set_random_states(checkpoint.tensors["random"], self._adapted.device)
-        log.info("training_resumed", step=len(self._state.losses_nats))
-
-    def _finish(self, why: StoppedWhy) -> Trained:
-        self._adapted.eval()
-        self._set(self._best)
-        trained = Trained(
-            adapter_dir=self._job.output / ADAPTER,
-            steps=len(self._state.losses_nats),
-            best_validation_nats=self._state.best_nats,
-            losses_nats=tuple(self._state.losses_nats),
-            stopped_why=why,
-            seconds=self._state.seconds,
-        )
-        save_bf16(self._adapted, trained.adapter_dir)
-        write_trained(trained, self._identity.job)
-        (self._job.output / CHECKPOINT).unlink(missing_ok=True)
-        log.info("training_ended", steps=trained.steps, why=why, validation_nats=trained.best_validation_nats)
-        return trained
-
-    @torch.no_grad()
-    def _set(self, weights: Mapping[str, Tensor]) -> None:
-        for name, weight in weights.items():
-            self._weights[name].copy_(weight)
-
-
-def _random_states(device: torch.device) -> dict[str, Tensor]:
-    """Dropout draws from the device's generator."""
-    states = {"cpu": torch.get_rng_state()}
-    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
-__all__ = ["ExpertTrainer", "Loss"]
+__all__ = ["ExpertTrainer"]

@@ -179,7 +179,7 @@ class TrainingJob(_Spec):
     def fingerprint(self) -> Digest:
         """Of the job and its data, without where it runs and writes: what may go on from a checkpoint."""
         urls = [self.data_url, *(part.data_url for part in (self.replay, self.validation) if part is not None)]
-        data = [digest_of(_bytes_of(url)) for url in urls]
+        data = [digest_of(bytes_at(url)) for url in urls]
         job = self.model_dump(mode="json", exclude={"output_url": True, "threads": True, "base": {"device"}})
         return digest_of(json.dumps([job, data], sort_keys=True).encode())
 
@@ -279,7 +279,8 @@ def same_job(found: str, fingerprint: Digest, path: Path) -> None:
         )
 
 
-def _bytes_of(url: str) -> bytes:
+def bytes_at(url: str) -> bytes:
+    """What the file of a `file:` URL holds. Raises `TrainingError`."""
     try:
         return path_of(url).read_bytes()
     except OSError as error:
@@ -309,6 +310,7 @@ __all__ = [
     "Trained",
     "TrainingJob",
     "Validation",
+    "bytes_at",
     "path_of",
     "read_trained",
     "same_job",

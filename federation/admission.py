@@ -22,7 +22,6 @@ from registry.errors import CardIntegrityError
 from registry.tensor import Role, Tensor
 
 Strictness = Literal["accept", "quarantine", "refuse"]
-_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,21 +195,13 @@ def _objection(strictness: Strictness, reason: str) -> Iterator[_Objection]:
 
 def _norm(tensor: Tensor) -> float:
     """Frobenius norm; infinity or NaN where a value is, or where squares leave float32."""
-    with np.errstate(over="ignore"):
-        return hypot(*(float(np.sqrt(np.dot(piece, piece))) for piece in _pieces(tensor)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return hypot(*(float(np.sqrt(np.dot(piece, piece))) for piece in tensor.pieces()))
 
 
 def _greatest(tensor: Tensor) -> float:
-    values = [float(np.max(np.abs(piece))) for piece in _pieces(tensor)]
+    values = [float(np.max(np.abs(piece))) for piece in tensor.pieces()]
     return max(values, default=0.0) if all(map(isfinite, values)) else inf
-
-
-def _pieces(tensor: Tensor) -> Iterator[np.ndarray[tuple[int], np.dtype[np.float32]]]:
-    """The values as float32, piece by piece, so that a tensor of any size takes little memory."""
-    for start in range(0, tensor.nbytes, _PIECE_BYTES):
-        data = tensor.data[start : start + _PIECE_BYTES]
-        shape = (data.nbytes // tensor.dtype.itemsize,)
-        yield Tensor.of(tensor.name, tensor.role, tensor.dtype, shape, data).float32()
 
 
 def _short(text: str | None) -> str:

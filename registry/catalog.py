@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
-from sqlalchemy import Select, case, delete, func, or_, select
+from sqlalchemy import ColumnElement, Select, case, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from registry import arrivals, history, listing, quarantine
@@ -145,29 +145,10 @@ class Catalog:
             cards, nbytes = session.execute(query).one()
             return Holding(cards=cards, nbytes=int(nbytes))
 
-    def list(
-        self,
-        *,
-        name: str | None = None,
-        base: str | None = None,
-        tag: str | None = None,
-        quarantined: bool = False,
-    ) -> Entries:
-        """Entries by name, the newest version first. `base` is a base model's name, architecture or fingerprint.
-
-        With `quarantined`, those in quarantine too.
-        """
-        query = _all(quarantined=quarantined)
-        if name is not None:
-            labelled = select(LabelRow.digest).where(LabelRow.name == name)
-            query = query.where(or_(CardRow.name == name, CardRow.digest.in_(labelled)))
-        if base is not None:
-            columns = (CardRow.base_name, CardRow.architecture, CardRow.fingerprint)
-            query = query.where(or_(*(column == base for column in columns)))
-        if tag is not None:
-            query = query.where(CardRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag)))
+    def list(self, *conditions: ColumnElement[bool], quarantined: bool = False) -> Entries:
+        """Entries that meet all `conditions` (see `listing`), by name, the newest version first."""
         with self._database.reading() as session:
-            return listing.in_order(listing.entries(session, query))
+            return listing.in_order(listing.entries(session, _all(quarantined=quarantined).where(*conditions)))
 
     def search(self, text: str) -> Entries:
         """Entries that hold words of `text` in name, description, domains, examples or tags; most words first."""

@@ -10,6 +10,7 @@ ArrowMoEError
 │   ├── CardIntegrityError    a digest or a signature does not match
 │   ├── ManifestError         the manifest is not valid JSON of the expected form
 │   ├── MergeError            the cards cannot become one in the way that was asked
+│   ├── QuantisingError       the card cannot be written in fewer bits
 │   └── UnsupportedAdapterError   a PEFT adapter holds something that a card cannot
 └── RegistryError
     ├── UnknownCardError      no card under that name, label or digest
@@ -59,6 +60,10 @@ class ManifestError(CardError):
 
 class MergeError(CardError):
     """The cards cannot become one in the way that was asked."""
+
+
+class QuantisingError(CardError):
+    """The card cannot be written in fewer bits."""
 
 
 class UnsupportedAdapterError(CardError):

@@ -103,10 +103,25 @@ def _recency(entry: CardEntry) -> tuple[VersionKey, bool, datetime, str]:
     return (version_key(entry.version), not entry.superseded, entry.created, entry.digest)
 
 
+def of_name(name: str) -> ColumnElement[bool]:
+    """The condition that a card is called so, by its manifest or by a label."""
+    return or_(CardRow.name == name, CardRow.digest.in_(select(LabelRow.digest).where(LabelRow.name == name)))
+
+
+def of_base(base: str) -> ColumnElement[bool]:
+    """The condition that a card is for the base model of this name, architecture or fingerprint."""
+    return or_(CardRow.base_name == base, CardRow.architecture == base, CardRow.fingerprint == base)
+
+
+def tagged(tag: str) -> ColumnElement[bool]:
+    """The condition that a card has this tag."""
+    return CardRow.digest.in_(select(TagRow.digest).where(TagRow.tag == tag))
+
+
 def holds_word(word: str) -> ColumnElement[bool]:
     """The condition that a card has `word` in what is searched, or in a tag."""
-    tagged = exists().where(TagRow.digest == CardRow.digest, func.lower(TagRow.tag).contains(word, autoescape=True))
-    return or_(CardRow.search_text.contains(word, autoescape=True), tagged)
+    named = exists().where(TagRow.digest == CardRow.digest, func.lower(TagRow.tag).contains(word, autoescape=True))
+    return or_(CardRow.search_text.contains(word, autoescape=True), named)
 
 
-__all__ = ["entries", "holds_word", "in_order", "labels"]
+__all__ = ["entries", "holds_word", "in_order", "labels", "of_base", "of_name", "tagged"]

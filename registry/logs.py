@@ -19,6 +19,9 @@ SHARED: tuple[Processor, ...] = (
     structlog.processors.TimeStamper(fmt="iso", utc=True),
 )
 
+# Where bitsandbytes is installed PEFT imports it, and it then warns at every command that a speed-up is not.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def get_logger(name: str) -> BoundLogger:
     """The logger of one module; events have a name and fields."""

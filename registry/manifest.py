@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from math import isfinite, prod, sqrt
+from math import isfinite, sqrt
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
@@ -25,8 +25,8 @@ from pydantic import (
 )
 
 from registry.digest import Digest, digest_of
-from registry.errors import ManifestError
-from registry.tensor import DType, Role, Tensor
+from registry.errors import CardFormatError, ManifestError
+from registry.tensor import DType, Role, Tensor, nbytes_of
 
 FORMAT_VERSION: Literal[1] = 1
 MAX_MANIFEST_BYTES = (1 << 20) - 1024
@@ -237,7 +237,10 @@ def check_structure(manifest: Manifest) -> None:
 
 def _check_tensors(specs: Iterable[TensorSpec]) -> None:
     for spec in specs:
-        expected = prod(spec.shape) * spec.dtype.itemsize
+        try:
+            expected = nbytes_of(spec.role, spec.dtype, spec.shape)
+        except CardFormatError as error:
+            raise ManifestError(f"tensor {spec.name!r} ({spec.role}): {error}") from error
         if spec.nbytes != expected:
             raise ManifestError(f"tensor {spec.name!r} ({spec.role}): expected nbytes {expected}, got {spec.nbytes}")
     counts = Counter((spec.name, spec.role) for spec in specs)
@@ -324,10 +327,11 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _hint_for(error: Exception) -> str | None:
-    """A name is often a folder's, so what it may hold is said in words."""
-    if isinstance(error, ValidationError) and error.errors(include_url=False)[0]["loc"] == ("name",):
+    """A name is often a folder's, so what it may hold is said in words; a form of weights may be of a later version."""
+    where = error.errors(include_url=False)[0]["loc"] if isinstance(error, ValidationError) else ()
+    if where == ("name",):
         return "a card's name holds letters, digits and . _ - within, and no spaces; give it another one"
-    return None
+    return "a newer arrowmoe may be able to read it" if where[-1:] == ("dtype",) else None
 
 
 __all__ = [

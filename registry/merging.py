@@ -15,11 +15,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from registry import low_rank
+from registry import merge_rules
 from registry.card import LoRACard
 from registry.errors import MergeError
 from registry.logs import get_logger
-from registry.low_rank import Cut, Merged, Term
+from registry.low_rank import Approximation, Cut, Term, concatenate, reduce
 from registry.manifest import AdapterSpec
 from registry.tensor import Role, Tensor
 
@@ -167,7 +167,7 @@ def _modules_of(shares: Shares) -> list[str]:
     return sorted({module for card, _ in shares for module in card.manifest.adapter.target_modules})
 
 
-def _merged(shares: Shares, how: Merge, module: str, place: int) -> Merged:
+def _merged(shares: Shares, how: Merge, module: str, place: int) -> Approximation:
     """One module of all cards that adapt it; `place` is its own among the modules."""
     try:
         with np.errstate(over="raise", invalid="raise"):
@@ -176,7 +176,7 @@ def _merged(shares: Shares, how: Merge, module: str, place: int) -> Merged:
         raise MergeError(f"module {module!r}: its weights are too large to be added up ({error})") from error
 
 
-def _combined(shares: Shares, how: Merge, module: str, place: int) -> Merged:
+def _combined(shares: Shares, how: Merge, module: str, place: int) -> Approximation:
     of_module = [(row, share) for row, share in enumerate(shares) if module in share[0].modules]
     terms = [_term(card, weight, module) for _, (card, weight) in of_module]
     cut, density = Cut(rank=how.rank, energy=how.energy), how.density or 1.0
@@ -184,16 +184,16 @@ def _combined(shares: Shares, how: Merge, module: str, place: int) -> Merged:
         _check_size(module, terms[0].shape, how.method)
     match how.method:
         case "concat":
-            return low_rank.concatenate(terms)
+            return concatenate(terms)
         case "linear":
-            return low_rank.add_factors(terms)
+            return merge_rules.add_factors(terms)
         case "svd":
-            return low_rank.reduce(terms, cut)
+            return reduce(terms, cut)
         case "ties":
-            return low_rank.ties(terms, density, cut)
+            return merge_rules.ties(terms, density, cut)
         case "dare":
             generators = [np.random.default_rng([how.seed, place, row]) for row, _ in of_module]
-            return low_rank.dare(terms, density, cut, generators)
+            return merge_rules.dare(terms, density, cut, generators)
 
 
 def _term(card: LoRACard, weight: float, module: str) -> Term:
@@ -230,7 +230,7 @@ def _adapter(cards: Iterable[LoRACard], ranks: Mapping[str, int]) -> AdapterSpec
     )
 
 
-def _tensors(modules: Mapping[str, Merged]) -> Iterator[Tensor]:
+def _tensors(modules: Mapping[str, Approximation]) -> Iterator[Tensor]:
     for module, merged in modules.items():
         yield Tensor.from_numpy(module, Role.A, merged.term.a.astype(np.float32))
         yield Tensor.from_numpy(module, Role.B, merged.term.b.astype(np.float32))
@@ -258,7 +258,7 @@ def _the_one(values: Iterable[str | None]) -> str | None:
     return next((value for value in values if value is not None), None)
 
 
-def _provenance(shares: Shares, how: Merge, merged: Iterable[Merged]) -> dict[str, Any]:
+def _provenance(shares: Shares, how: Merge, merged: Iterable[Approximation]) -> dict[str, Any]:
     """How it was made: settings that were used, weights in the order of the parents, and the error."""
     parts = list(merged)
     settings = {key: value for key, value in asdict(how).items() if value is not None}

@@ -224,7 +224,8 @@ def _config_for(manifest: Manifest, places: Iterable[Place]) -> tuple[dict[str, 
 
 
 def _raw(key: str, tensor: Tensor) -> RawTensor:
-    return RawTensor(key=key, dtype=tensor.dtype, shape=tensor.shape, data=tensor.data)
+    plain = tensor if tensor.dtype.bits is None else Tensor.from_numpy(tensor.name, tensor.role, tensor.float32())
+    return RawTensor(key=key, dtype=plain.dtype, shape=plain.shape, data=plain.data)
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from registry import listing
 from registry.arrivals import Arrival
 from registry.blobs import BlobStore, FileBlobStore
 from registry.card import LoRACard
@@ -212,7 +213,9 @@ class Registry:
 
         With `quarantined`, those in quarantine too.
         """
-        return self._catalog.list(name=name, base=base, tag=tag, quarantined=quarantined)
+        asked = ((listing.of_name, name), (listing.of_base, base), (listing.tagged, tag))
+        conditions = [condition(value) for condition, value in asked if value is not None]
+        return self._catalog.list(*conditions, quarantined=quarantined)
 
     def newest(self) -> Entries:
         """The newest version of each card: of each name, for each base model."""

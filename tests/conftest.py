@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -14,6 +15,9 @@ from sqlalchemy import make_url
 from registry.database import Database
 from registry.store import Registry
 from tests.registry.databases import KINDS, new_database
+
+# Triton makes its functions for its interpreter or for a device when it is first imported, by whomever.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

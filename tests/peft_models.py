@@ -28,6 +28,17 @@ from transformers import (
 VOCABULARY = 64
 HIDDEN = 16
 LAYERS = 2
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+"""A tiny decoder's settings, as Llama and those after it call them."""
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BERT_TARGETS = ("query", "key", "value", "dense")
 GPT2_TARGETS = ("c_attn", "c_proj", "c_fc")
@@ -148,17 +159,7 @@ def _bert_config() -> BertConfig:
 
 @cache
 def _llama(seed: int) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
+    config = LlamaConfig(**SHAPE, max_position_embeddings=128)
     return _seeded(lambda: LlamaForCausalLM(config), seed)
 
 

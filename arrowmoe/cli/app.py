@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -59,6 +60,14 @@ class App:
     def node(self) -> NodeRecord | None:
         """The node that runs on this home, if one does."""
         return running_node(self.settings.home)
+
+    def confirm(self, what: str, *, yes: bool) -> None:
+        """Ask whether to do `what`, unless `yes`; where nobody can be asked, refuse to do it."""
+        if yes:
+            return
+        if not sys.stdin.isatty():
+            raise typer.BadParameter(f"expected --yes to {what}, for nobody is there to be asked")
+        typer.confirm(f"{what}?", abort=True, err=True)
 
     def need_node(self) -> NodeRecord:
         """The node that runs on this home. Raises `NodeNotRunningError`."""

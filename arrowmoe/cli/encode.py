@@ -34,3 +34,8 @@ def encode(
             invocation.out.line(line)
 
     invocation.out.result(vectors, human, quiet=lines)
+    if many := sum(one["cut"] for one in vectors):
+        invocation.out.warning(
+            f"{many} of {len(vectors)} texts are longer than {vectors[0]['base']} reads: the rest of them is left out",
+            "split long texts, and encode the pieces",
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +10,14 @@ import typer
 
 import arrowmoe
 from arrowmoe import control
+from arrowmoe.cli import evolve_nested
 from arrowmoe.cli.answering import DEFAULT_BASE, has_models
 from arrowmoe.cli.app import App, app_of, given, group
 from arrowmoe.cli.evolving import moment, show_calls, show_gap, show_gaps, show_night, show_status
 from arrowmoe.cli.output import Advance
 
 app = group()
+app.add_typer(evolve_nested.app, name="nested")
 WATCH_TIMEOUT_S = 120.0
 
 Base = Annotated[str | None, typer.Option(help="Only those of this base model, by its logical name.")]
@@ -225,8 +226,7 @@ def forget(
     """Delete every request that was kept; cards stay, and so does the record of what teachers were told."""
     invocation = app_of(context)
     what = "every kept request" + (" and the files of finished nights" if everything else "")
-    if not yes and sys.stdin.isatty():
-        typer.confirm(f"delete {what} of {invocation.settings.home}?", abort=True, err=True)
+    invocation.confirm(f"delete {what} of {invocation.settings.home}", yes=yes)
     with invocation.registry() as registry:
         done = arrowmoe.evolution_commands.forget(registry, invocation.settings, files=everything)
 

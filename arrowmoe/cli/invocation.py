@@ -13,5 +13,5 @@ class Invocation:
     """One command line's global options."""
 
     out: Output = field(default_factory=Output)
-    home: Path | None = None
+    home: str | None = None
     config: Path | None = None

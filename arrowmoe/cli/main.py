@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import arrowmoe
+from arrowmoe.cli.examples import show_in_help
 from arrowmoe.cli.invocation import Invocation
 from arrowmoe.cli.output import Output
 from arrowmoe.threads import set_threads
@@ -62,6 +63,7 @@ class LazyGroup(TyperGroup):
         if args and args[0] in COMMANDS:
             command = get_command(import_module(COMMANDS[args[0]].module).app)
             command.name = args[0]
+            show_in_help(command, args[0])
             return args[0], command, args[1:]
         return super().resolve_command(ctx, args)
 
@@ -93,7 +95,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     context: typer.Context,
-    home: Annotated[Path | None, typer.Option(help="Directory of identity, cards and catalog.")] = None,
+    home: Annotated[str | None, typer.Option(metavar="DIR", help="Directory of identity, cards and catalog.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML or YAML file with settings.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print results as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print bare values only.")] = False,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import arrowmoe
 from arrowmoe import control
 from arrowmoe.cli.app import App, app_of, group
+
+if TYPE_CHECKING:
+    from registry.store import Registry
 
 app = group()
 NodeId = Annotated[str, typer.Argument(metavar="ID", help="A node id, in groups or not.")]
@@ -44,28 +48,23 @@ def approve(
     ] = None,
 ) -> None:
     """Let a node read this home's cards, and ask it for its own; acts at once."""
-    invocation = app_of(context)
-    with invocation.registry() as registry:
-        done = arrowmoe.peering.approve(registry, node_id, name=name, address=address, introducer=introducer)
-    _decided(invocation, done, "approved")
+    _decide(
+        context,
+        "approved",
+        lambda registry: arrowmoe.peering.approve(registry, node_id, name=name, address=address, introducer=introducer),
+    )
 
 
 @app.command()
 def block(context: typer.Context, node_id: NodeId) -> None:
     """Neither answer nor ask a node any more; acts at once."""
-    invocation = app_of(context)
-    with invocation.registry() as registry:
-        done = arrowmoe.peering.block(registry, node_id)
-    _decided(invocation, done, "blocked")
+    _decide(context, "blocked", lambda registry: arrowmoe.peering.block(registry, node_id))
 
 
 @app.command()
 def rm(context: typer.Context, node_id: NodeId) -> None:
     """Forget a node: if it comes again, it waits for approval."""
-    invocation = app_of(context)
-    with invocation.registry() as registry:
-        done = arrowmoe.peering.remove(registry, node_id)
-    _decided(invocation, done, "forgotten")
+    _decide(context, "forgotten", lambda registry: arrowmoe.peering.remove(registry, node_id))
 
 
 @app.command()
@@ -134,7 +133,10 @@ def discover(
     )
 
 
-def _decided(invocation: App, done: dict[str, Any], what: str) -> None:
+def _decide(context: typer.Context, what: str, decision: Callable[[Registry], dict[str, Any]]) -> None:
+    invocation = app_of(context)
+    with invocation.registry() as registry:
+        done = decision(registry)
     who = " ".join(filter(None, (done["name"], done["fingerprint"])))
     invocation.out.result(done, lambda: invocation.out.line(f"{what}: {who}"), quiet=[done["node_id"]])
 

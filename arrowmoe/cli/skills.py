@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ from arrowmoe.cli.skills_extract import extract
 from arrowmoe.cli.skills_merge import merge
 from arrowmoe.cli.skills_ps import ps
 from arrowmoe.cli.skills_push import push
+from arrowmoe.cli.skills_quantise import quantise
 from arrowmoe.cli.skills_sync import found_here, sync
 from registry.errors import ArrowMoEError
 
@@ -180,8 +180,7 @@ def rm(
     with invocation.registry() as registry:
         entry = registry.entry(ref, quarantined=True)
         label = f"{entry.name}@{entry.version} {short(entry.digest)}"
-        if not yes and sys.stdin.isatty():
-            typer.confirm(f"remove {label}?", abort=True, err=True)
+        invocation.confirm(f"remove {label}", yes=yes)
         found = arrowmoe.views.card(registry.remove(entry.digest))
         own = entry.publisher == registry.identity.id
     invocation.out.result(found, lambda: invocation.out.line(f"removed {label}"), quiet=[entry.digest])
@@ -295,6 +294,7 @@ app.command()(extract)
 app.command()(sync)
 app.command()(push)
 app.command()(merge)
+app.command()(quantise)
 app.command()(ps)
 
 

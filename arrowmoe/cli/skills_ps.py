@@ -25,6 +25,7 @@ def _show(out: Output, models: list[dict[str, Any]]) -> None:
         out.line("no base model is ready; `arrowmoe node status` says what is loading")
     for model in models:
         out.line(f"{model['base']}: {_taken(model['bytes'])}", style="bold")
+        out.line(_around(model))
         out.table(columns, [_row(card) for card in model["adapters"]], "no adapters; they are loaded when first used")
 
 
@@ -32,6 +33,15 @@ def _taken(taken: dict[str, Any]) -> str:
     budget = "" if taken["budget"] is None else f" of {size(taken['budget'])}"
     host = f", host memory {size(taken['host'])}" if taken["host"] else ""
     return f"slots {size(taken['slots'])}{budget}, layouts {size(taken['layouts'])}{host}"
+
+
+def _around(model: dict[str, Any]) -> str:
+    """The memory that there is, and the loads so far."""
+    process, device, loads = model["process"], model["device"], model["loads"]
+    there = f"process {size(process['resident'])}, free {size(process['free'])} of the {process['limited_by']}'s"
+    beside = f", device free {size(device['free'])} of {size(device['total'])}" if device else ""
+    waited = f"{loads['stalls']} waited for ({loads['stalled_s']:.1f} s)"
+    return f"{there} {size(process['limit'])}{beside}; loads: {loads['ahead']} ahead, {waited}"
 
 
 def _row(card: dict[str, Any]) -> tuple[object, ...]:

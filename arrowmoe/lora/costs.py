@@ -15,24 +15,31 @@ from typing import Literal
 
 import torch
 
+from arrowmoe.lora import grouped
 from registry.logs import get_logger
 
 log = get_logger(__name__)
 
-Layout = Literal["concatenated", "by_row", "segmented"]
+Layout = Literal["concatenated", "by_row", "segmented", "grouped"]
 LAYOUTS: tuple[Layout, ...] = ("concatenated", "by_row", "segmented")
+"""Those that every device computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
     """Seconds for one operation, one element of an adapter read, one multiply-add of a product or of a batched one
-    (a small product for each row), and one element of an activation read, gathered, scattered or gated."""
+    (a small product for each row), and one element of an activation read, gathered, scattered or gated.
+
+    `launch` and `multiply_grouped`: one of our own kernels, and a multiply-add in it; no price where there are none.
+    """
 
     operation: float
     read: float
     multiply: float
     multiply_batched: float
     move: float
+    launch: float = 0.0
+    multiply_grouped: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class Work:
     multiply: float = 0.0
     multiply_batched: float = 0.0
     move: float = 0.0
+    launch: float = 0.0
+    multiply_grouped: float = 0.0
 
     def seconds(self, prices: Prices) -> float:
         """Estimated seconds."""
@@ -78,8 +87,17 @@ class Sizes:
 
 # Measured by `arrowmoe bench tune` on one x86-64 core with torch 2.13, fp32, 2026-11-21.
 CPU = Prices(operation=3.4e-6, read=2.0e-10, multiply=2.3e-11, multiply_batched=2.7e-11, move=7.7e-11)
-# A guess from data sheets (a launch, 3 TB/s, a few hundred TFLOP/s in bf16): no GPU was at hand.
-CUDA = Prices(operation=4e-6, read=1e-12, multiply=5e-15, multiply_batched=1e-14, move=1e-12)
+# A guess from data sheets (a launch, 3 TB/s, a few hundred TFLOP/s in bf16): no GPU was at hand. Triton's launches are
+# made in Python and cost more than torch's.
+CUDA = Prices(
+    operation=4e-6,
+    read=1e-12,
+    multiply=5e-15,
+    multiply_batched=1e-14,
+    move=1e-12,
+    launch=1.5e-5,
+    multiply_grouped=2e-14,
+)
 
 
 def work(layout: Layout, sizes: Sizes, tokens: int, width: int) -> Work | None:
@@ -88,13 +106,20 @@ def work(layout: Layout, sizes: Sizes, tokens: int, width: int) -> Work | None:
         return _concatenated(sizes, tokens, width)
     if layout == "segmented":
         return _segmented(sizes, tokens, width)
+    if layout == "grouped":
+        return _grouped(sizes, tokens, width)
     return None if sizes.row_rank is None else _by_row(sizes.rows, sizes.row_rank, tokens, width)
 
 
-def cheapest(sizes: Sizes, tokens: int, width: int, prices: Prices) -> Layout:
-    """The layout that takes least time."""
+def layouts_on(device: torch.device) -> tuple[Layout, ...]:
+    """The layouts that `device` computes."""
+    return (*LAYOUTS, "grouped") if grouped.usable(device) else LAYOUTS
+
+
+def cheapest(sizes: Sizes, tokens: int, width: int, prices: Prices, layouts: tuple[Layout, ...] = LAYOUTS) -> Layout:
+    """The one of `layouts` that takes least time."""
     seconds = {
-        layout: found.seconds(prices) for layout in LAYOUTS if (found := work(layout, sizes, tokens, width)) is not None
+        layout: found.seconds(prices) for layout in layouts if (found := work(layout, sizes, tokens, width)) is not None
     }
     return min(seconds, key=lambda layout: seconds[layout])
 
@@ -164,6 +189,18 @@ def _segmented(sizes: Sizes, tokens: int, width: int) -> Work:
     )
 
 
+def _grouped(sizes: Sizes, tokens: int, width: int) -> Work:
+    """Ranks are computed in pieces of 16, and an adapter is read once for every tile of 16 units or tokens."""
+    each = tokens if sizes.row_rank is not None else 1
+    ranks = [-(-part.rank // grouped.RANKS) * grouped.RANKS for part in sizes.parts]
+    return Work(
+        launch=2,
+        read=sum(part.rank * width * -(-part.units * each // grouped.TILE) for part in sizes.parts),
+        multiply_grouped=sum(part.units * each * rank * width for part, rank in zip(sizes.parts, ranks, strict=True)),
+        move=sum(part.units * each * (width + 2 * rank) for part, rank in zip(sizes.parts, ranks, strict=True)),
+    )
+
+
 __all__ = [
     "LAYOUTS",
     "Layout",
@@ -174,6 +211,7 @@ __all__ = [
     "cheapest",
     "default_prices",
     "keep_prices",
+    "layouts_on",
     "prices_of",
     "prices_path",
     "work",

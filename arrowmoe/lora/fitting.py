@@ -13,10 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from arrowmoe.errors import AdapterMismatchError, UnsupportedCardError
-from arrowmoe.lora.kernels import LowRank
-from arrowmoe.lora.layer import dense_weight, shape_of
+from arrowmoe.lora.layer import dense_weight, dtype_of, shape_of
 from arrowmoe.lora.slots import Slot
 from arrowmoe.lora.tensors import to_torch
+from evolution.gated import LowRank
 from registry.card import LoRACard
 from registry.tensor import Role
 from registry.tensor import Tensor as CardTensor
@@ -80,7 +80,7 @@ def _low_rank(card: LoRACard, name: str, module: nn.Module, device: torch.device
             f"{a.shape[1]} → {b.shape[0]}, the base model has {_describe(module)}",
             hint=f"the card was trained on {card.manifest.base.name or 'an unnamed base'}",
         )
-    dtype = module.get_parameter("weight").dtype
+    dtype = dtype_of(module)
     return LowRank(
         a=to_torch(a, dtype, device),
         b=to_torch(b, dtype, device).T,
@@ -90,7 +90,7 @@ def _low_rank(card: LoRACard, name: str, module: nn.Module, device: torch.device
 
 def _output_scale(module: nn.Module) -> float:
     """The factor on what an embedding gives (Gemma's √d), which the adapter's part takes as well."""
-    scale = getattr(module, "embed_scale", None)
+    scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
     if scale is None:
         return 1.0
     return float(torch.as_tensor(scale).to(module.get_parameter("weight").dtype))

@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from arrowmoe.lora.kernels import add_up
+from arrowmoe.errors import UnsupportedCardError
 from arrowmoe.lora.plan import Plan, Share
 from arrowmoe.lora.slots import Slot
+from arrowmoe.quantised_bases import is_packed, unpacked
+from evolution.gated import add_up
 
 
 @dataclass(eq=False)
@@ -105,5 +108,24 @@ def shape_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 def dense_weight(module: nn.Linear | Conv1D) -> Tensor:
-    """The weight as (d_out, d_in); `Conv1D` keeps it transposed."""
+    """The weight as (d_out, d_in); `Conv1D` keeps it transposed, a quantised module packed."""
+    if is_packed(module):
+        return unpacked(module).to(dtype_of(module))
     return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype in which adapters of a module are computed: its weight's, unless that is packed.
+
+    Raises `UnsupportedCardError` for a quantised module that does not say one.
+    """
+    weight = module.get_parameter("weight")
+    if weight.is_floating_point():
+        return weight.dtype
+    dtype = getattr(module, "compute_dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnsupportedCardError(
+            f"expected a quantised module that says what it computes in, got {type(module).__name__} that does not",
+            hint="load the base model by load_base_model(..., quantise='8bit')",
+        )
+    return dtype

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arrowmoe.lora.kernels import ByRow, LowRank
+from arrowmoe.lora.grouped import Pieces
+from evolution.gated import ByRow, LowRank
 
 RowChoice = tuple[tuple[LowRank, float], ...]
 """The adapters of one row with their gates."""
@@ -61,6 +62,7 @@ class ModuleLayouts:
 
     def __init__(self) -> None:
         self._rows = RowBuffer()
+        self._pieces = Pieces()
         self._adapters: list[LowRank] = []
         self._a: Tensor | None = None
         self._b: Tensor | None = None
@@ -69,11 +71,15 @@ class ModuleLayouts:
     def nbytes(self) -> int:
         """Bytes of the copies; a single adapter is not copied."""
         own = (self._a, self._b) if len(self._adapters) > 1 else ()
-        return self._rows.nbytes + sum(tensor.nbytes for tensor in own if tensor is not None)
+        return self._rows.nbytes + self._pieces.nbytes + sum(tensor.nbytes for tensor in own if tensor is not None)
 
     def by_row(self, rows: Sequence[RowChoice]) -> ByRow:
         """Each row's adapters, in row order."""
         return self._rows.lay(rows)
+
+    def pieces(self, adapters: Sequence[LowRank]) -> Tensor:
+        """Where the grouped layout finds `adapters`."""
+        return self._pieces.of(adapters)
 
     def concatenated(self, adapters: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
         """A (Σr, d_in) and B (Σr, d_out) of `adapters`, one after another."""

@@ -4,14 +4,13 @@ Fail closed: a card that does not fit is refused whole, before anything is touch
 the device or not; a plan brings what it uses and keeps it there for as long as the plan lives, so what a batch in
 flight uses is neither evicted nor gone before the batch is done. Where adapters are is decided in `tiers`.
 
-Not for several threads at once, but for `prepare`, which reads only what never changes: it may run beside a forward
-pass.
+Not for several threads at once, but for `missing`, `prepare` and `prepare_again`: they may run beside a forward pass.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,13 +21,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from arrowmoe.errors import AdapterMemoryError, AdapterMismatchError, UnknownAdapterError
+from arrowmoe.errors import AdapterMemoryError, AdapterMismatchError, GateError, UnknownAdapterError
 from arrowmoe.lora.costs import Prices, default_prices
 from arrowmoe.lora.fitting import device_of, make_slot, match_modules, refuse_full
 from arrowmoe.lora.layer import GateContext, LoRABias, LoRAEmbedding, LoRALinear, Wrapper
+from arrowmoe.lora.memory import naming_memory
 from arrowmoe.lora.plan import Plan
-from arrowmoe.lora.slots import Slot
+from arrowmoe.lora.slots import LoadedLoRA, PreparedLoRA, Slot, Slots
 from arrowmoe.lora.tiers import Claim, Kept, Memory, Residence, Tier, leavers
+from arrowmoe.memory_monitor import MemoryGuard
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from registry.logs import get_logger
@@ -36,25 +37,6 @@ from registry.logs import get_logger
 log = get_logger(__name__)
 
 HOST = torch.device("cpu")
-Slots = Mapping[str, Slot]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedLoRA:
-    """An adapter that a model can compute: its card, the modules it is in, and the bytes its slots take."""
-
-    name: str
-    digest: str
-    modules: tuple[str, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PreparedLoRA:
-    """An adapter that fits, its slots in host memory by module path."""
-
-    entry: LoadedLoRA
-    slots: Slots
 
 
 @dataclass(kw_only=True, eq=False)
@@ -74,7 +56,8 @@ class LoRAManager:
     """The adapters in one model, by card digest.
 
     Slots take at most `budget_bytes` (None: no bound, and nothing is evicted). `host_bytes` of pinned memory keep what
-    leaves a CUDA device. `find` gives the card of a digest again; without it cards are kept.
+    leaves a CUDA device. `find` gives the card of a digest again; without it cards are kept. `guard` sees to it that
+    memory is left when one is loaded.
     """
 
     def __init__(
@@ -84,6 +67,7 @@ class LoRAManager:
         budget_bytes: int | None = None,
         host_bytes: int = 0,
         find: Callable[[str], LoRACard] | None = None,
+        guard: MemoryGuard | None = None,
         prices: Prices | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -101,6 +85,7 @@ class LoRAManager:
         self._cards: dict[str, LoRACard] = {}
         self._keeps_cards = find is None and budget_bytes is not None
         self._find = find or self._cards.__getitem__
+        self._guard = guard
         self._budget = budget_bytes
         self._host: Kept[Slots] = Kept(host_bytes)
         self._now = now
@@ -149,8 +134,11 @@ class LoRAManager:
         Raises `AdapterMismatchError`, `UnsupportedCardError` or `AdapterMemoryError`.
         """
         refuse_full(card)
+        if self._guard is not None:
+            size = sum(tensor.nbytes for tensor in card.manifest.tensors)
+            self._guard.check(f"card {card.name!r}", size, self._host.shrink)
         matched = match_modules(card, self._modules)
-        with _naming_memory(f"card {card.name!r}"):
+        with naming_memory(f"card {card.name!r}"):
             slots = {path: make_slot(card, name, self._modules[path], HOST) for name, path in matched.items()}
             if self._on_cuda:
                 slots = {path: slot.pinned() for path, slot in slots.items()}
@@ -158,19 +146,24 @@ class LoRAManager:
         entry = LoadedLoRA(name=card.name, digest=card.digest, modules=tuple(slots), nbytes=nbytes)
         return PreparedLoRA(entry=entry, slots=slots)
 
-    def prepare_missing(self, adapters: Collection[str]) -> list[PreparedLoRA]:
-        """Those of the known `adapters` that are not on the device, made ready. Raises as `prepare` and `find`."""
-        return [self._again(digest) for digest in adapters if (one := self._known.get(digest)) and not one.resident]
+    def missing(self, adapters: Iterable[str]) -> list[str]:
+        """Those of the known `adapters` that are not on the device."""
+        return [digest for digest in adapters if (one := self._known.get(digest)) and not one.resident]
+
+    def prepare_again(self, digest: str) -> PreparedLoRA:
+        """Slots of a known adapter: from the host tier, else made from its card. Raises as `prepare` and `find`."""
+        if (slots := self._host.get(digest)) is not None:
+            return PreparedLoRA(entry=self._of(digest).entry, slots=slots)
+        return self.prepare(self._find(digest))
 
     def put(self, ready: PreparedLoRA) -> LoadedLoRA:
-        """Move an adapter to the device; others leave it if need be.
+        """Move an adapter to the device; others leave it if need be. It waits where those in flight leave no room.
 
-        Raises `AdapterMemoryError` and leaves the model as it was.
+        Raises `AdapterMemoryError` where there will be none, and leaves the model as it was.
         """
         entry = ready.entry
         known = self._leaving.pop(entry.digest, None) or self._known.get(entry.digest) or _Known(entry=entry)
-        if not known.resident:
-            self._make_room([known])
+        if not known.resident and self._is_room_for(known):
             self._move_in(known, ready.slots)
         if entry.digest not in self._known:
             self._users.update(entry.modules)
@@ -224,17 +217,25 @@ class LoRAManager:
         """Lay `gates` out, for as many forward passes as the caller likes; None for the bare base model.
 
         The adapters are on the device while the plan lives; `ready` are some that were prepared already, `after` is
-        the plan of the same batch before rows changed. Raises `UnknownAdapterError`, `AdapterMemoryError`, as `find`.
+        the plan of the same batch before rows changed. Raises `UnknownAdapterError`, `AdapterMemoryError`, `GateError`,
+        as `find`.
         """
+        if unknown := [layer for layer in gates.layers if layer not in self._modules]:
+            raise GateError(f"expected gates for paths of modules of the model, got {unknown[0]!r}")
         if not gates.adapters:
             return None
         self._make_resident(gates.adapters, ready)
         like = next(self._model.parameters())
-        weights = torch.tensor(gates.weights, dtype=like.dtype, device=like.device)
+        weights, *own = (
+            torch.tensor(values, dtype=like.dtype, device=like.device)
+            for values in (gates.weights, *gates.layers.values())
+        )
+        layers = dict(zip(gates.layers, own, strict=True))
         if after is None:
-            plan = Plan(gates.adapters, weights, prices=self._prices or default_prices(like.device))
+            prices = self._prices or default_prices(like.device)
+            plan = Plan(gates.adapters, weights, layers=layers, prices=prices)
         else:
-            plan = after.followed_by(gates.adapters, weights)
+            plan = after.followed_by(gates.adapters, weights, layers=layers)
         self._plans.add(plan)
         for digest in gates.adapters:
             self._touch(self._of(digest))
@@ -251,7 +252,7 @@ class LoRAManager:
             self._make_resident(plan.adapters)
         before, self._context.plan = self._context.plan, plan
         try:
-            with _naming_memory("a forward pass"):
+            with naming_memory("a forward pass"):
                 yield
         finally:
             self._context.plan = before
@@ -270,8 +271,18 @@ class LoRAManager:
         prepared = {one.entry.digest: one for one in ready}
         for known in wanted:
             if not known.resident:
-                again = prepared.get(known.entry.digest) or self._again(known.entry.digest)
+                again = prepared.get(known.entry.digest) or self.prepare_again(known.entry.digest)
                 self._move_in(known, again.slots)
+
+    def _is_room_for(self, known: _Known) -> bool:
+        """Make room for an adapter; False if there is some only when batches in flight are done."""
+        try:
+            self._make_room([known])
+        except AdapterMemoryError as error:
+            if not error.later:
+                raise
+            return False
+        return True
 
     def _make_room(self, wanted: Sequence[_Known]) -> None:
         """Have others leave the device until all of `wanted` have room there, some of which may be there already."""
@@ -298,7 +309,7 @@ class LoRAManager:
 
     def _move_in(self, known: _Known, slots: Slots) -> None:
         entry = known.entry
-        with _naming_memory(f"card {entry.name!r}"):
+        with naming_memory(f"card {entry.name!r}"):
             moved = {path: slot.to(self._device(path)) for path, slot in slots.items()}
         for path, slot in moved.items():
             self._wrap(path).slots[entry.digest] = slot
@@ -324,12 +335,6 @@ class LoRAManager:
             for path in known.entry.modules:
                 if path in self._wrappers and not self._users[path] and not self._wrappers[path].slots:
                     self._model.set_submodule(path, self._wrappers.pop(path).base)
-
-    def _again(self, digest: str) -> PreparedLoRA:
-        """Slots of a known adapter: from the host tier, else made from its card."""
-        if (slots := self._host.get(digest)) is not None:
-            return PreparedLoRA(entry=self._of(digest).entry, slots=slots)
-        return self.prepare(self._find(digest))
 
     def _of(self, digest: str) -> _Known:
         known = self._known.get(digest) or self._leaving.get(digest)
@@ -377,21 +382,6 @@ class LoRAManager:
             self._model.set_submodule(path, wrapper)
             self._wrappers[path] = wrapper
         return self._wrappers[path]
-
-
-@contextmanager
-def _naming_memory(wanted: str) -> Iterator[None]:
-    """Raise `AdapterMemoryError` where the device or the host has no memory left."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise AdapterMemoryError(
-            f"{wanted}: out of memory: {str(error).partition(chr(10))[0]}",
-            hint="use smaller batches, or set engine.budget_mib to less",
-            later=True,
-        ) from error
 
 
 def _wrapper_class(module: nn.Module) -> type[Wrapper]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from arrowmoe.lora import costs
+from arrowmoe.lora import costs, grouped
 from arrowmoe.lora.costs import Layout, Part, Prices, Sizes
-from arrowmoe.lora.kernels import LowRank, Segment
+from arrowmoe.lora.grouped import Groups
 from arrowmoe.lora.layouts import RowChoice
+from evolution.gated import LowRank, Segment
 
 Coefficients = Tensor | float
 
@@ -63,6 +64,7 @@ class Mixing:
         self._where: list[_Where] | None = None
         self._sizes: Sizes | None = None
         self._cheapest: dict[tuple[int, int], Layout] = {}
+        self._groups: dict[int, Groups] = {}
 
     def coefficients(self) -> Coefficients:
         """G · s with each adapter's column repeated rank times: (rows[, tokens], Σr), or one number for all."""
@@ -83,11 +85,23 @@ class Mixing:
             if where.count
         ]
 
+    def groups(self, tokens: int) -> Groups:
+        """The units by what they chose, for `tokens` in each."""
+        together = grouped.together(tokens)
+        if together not in self._groups:
+            values, form = self._values.flatten(0, -2), self._form
+            self._groups[together] = grouped.form_groups(
+                values, form.ranks, form.scalings, together=together, device=self._gates.device
+            )
+        return self._groups[together]
+
     def cheapest(self, tokens: int, width: int, prices: Prices) -> Layout:
         """The cheapest layout for `tokens` per row at a module with `width` = d_in + d_out."""
         key = (tokens, width)
         if key not in self._cheapest:
-            self._cheapest[key] = costs.cheapest(self.sizes(), tokens, width, prices)
+            self._cheapest[key] = costs.cheapest(
+                self.sizes(), tokens, width, prices, costs.layouts_on(self._gates.device)
+            )
         return self._cheapest[key]
 
     def sizes(self) -> Sizes:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from arrowmoe.errors import GateError
-from arrowmoe.lora import kernels
 from arrowmoe.lora.costs import CPU, Layout, Prices
-from arrowmoe.lora.kernels import ByRow, Concatenated, LowRank, Segment
+from arrowmoe.lora.grouped import Grouped, add_grouped
 from arrowmoe.lora.layouts import ModuleLayouts
 from arrowmoe.lora.mixing import Form, Mixing
 from arrowmoe.lora.slots import Slot
+from evolution import gated
+from evolution.gated import ByRow, Concatenated, LowRank, Segment
 
 
 class Plan:
@@ -128,6 +129,7 @@ class Share:
         self._concatenated: Concatenated | None = None
         self._by_row: ByRow | None = None
         self._segments: list[Segment] | None = None
+        self._pieces: Tensor | None = None
 
     def add(self, y: Tensor, x: Tensor, base_bias: Tensor | None) -> Tensor:
         """Add to the base's output y (rows, …, d_out) for its input x (rows, …, d_in); y is overwritten."""
@@ -157,13 +159,15 @@ class Share:
     def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
         layout = self._layout(x, y)
         if layout == "by_row":
-            return kernels.add_by_row(y, x, self._in_rows())
+            return gated.add_by_row(y, x, self._in_rows())
         if layout == "segmented":
-            return kernels.add_segments(y, x, self._in_segments(), self._mixing.units)
-        return kernels.add_joined(y, x, self.concatenated())
+            return gated.add_segments(y, x, self._in_segments(), self._mixing.units)
+        if layout == "grouped":
+            return add_grouped(y, x, self._in_groups(x), self._mixing.units)
+        return gated.add_joined(y, x, self.concatenated())
 
     def _layout(self, x: Tensor, y: Tensor) -> Layout:
-        if self._differentiable:
+        if self._differentiable or y.requires_grad:
             return "concatenated"
         tokens = x.numel() // (x.shape[0] * x.shape[-1])
         return self._mixing.cheapest(tokens, x.shape[-1] + y.shape[-1], self._prices)
@@ -177,6 +181,12 @@ class Share:
         if self._segments is None:
             self._segments = self._mixing.segments(self._adapters)
         return self._segments
+
+    def _in_groups(self, x: Tensor) -> Grouped:
+        if self._pieces is None:
+            self._pieces = self._layouts.pieces(self._adapters)
+        tokens = x.numel() // (self._mixing.units * x.shape[-1])
+        return Grouped(groups=self._mixing.groups(tokens), pieces=self._pieces)
 
     def _vector_change(self, y: Tensor, base_bias: Tensor | None) -> Tensor | None:
         """DoRA's rescaling of the base output without its bias, plus the change of bias; None if there is neither."""

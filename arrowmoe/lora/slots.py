@@ -1,14 +1,14 @@
-"""A slot: what one adapter holds for one module."""
+"""A slot: what one adapter holds for one module; and an adapter as all of its slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from arrowmoe.lora.kernels import LowRank
+from evolution.gated import LowRank
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,6 +36,8 @@ class Slot:
 
     def to(self, device: torch.device) -> Slot:
         """The same on `device`; from pinned memory the copy overlaps what the device computes."""
+        if all(tensor.device == device for tensor in self.tensors()):
+            return self
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Slot:
@@ -49,3 +51,24 @@ class Slot:
             rescale=None if self.rescale is None else change(self.rescale),
             bias=None if self.bias is None else change(self.bias),
         )
+
+
+Slots = Mapping[str, Slot]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedLoRA:
+    """An adapter that a model can compute: its card, the modules it is in, and the bytes its slots take."""
+
+    name: str
+    digest: str
+    modules: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedLoRA:
+    """An adapter that fits, its slots in host memory by module path."""
+
+    entry: LoadedLoRA
+    slots: Slots

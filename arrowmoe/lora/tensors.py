@@ -15,6 +15,8 @@ _TORCH = {DType.FLOAT32: torch.float32, DType.FLOAT16: torch.float16, DType.BFLO
 
 def to_torch(tensor: CardTensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`tensor` as `dtype` on `device`; where nothing has to change it lies over the card's own bytes."""
+    if tensor.dtype.bits is not None:
+        return torch.from_numpy(tensor.float32()).to(device=device, dtype=dtype)
     _hush()
     flat = torch.frombuffer(tensor.data, dtype=_TORCH[tensor.dtype])
     return flat.view(tensor.shape).to(device=device, dtype=dtype)

@@ -9,6 +9,7 @@ peer     a card that is not here: `arrowmoe.swarm`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -96,11 +97,12 @@ def _no_room(wanted: str, needed: int, budget: int, pinned: int, flying: int) ->
 
 
 class Kept(Generic[_V]):
-    """Values by key within `budget_bytes`; the one that was kept the longest ago goes first."""
+    """Values by key within `budget_bytes`; the one that was kept the longest ago goes first. For any thread."""
 
     def __init__(self, budget_bytes: int) -> None:
         self._budget = budget_bytes
         self._values: dict[str, tuple[_V, int]] = {}
+        self._lock = threading.RLock()
         self.nbytes = 0
 
     def __contains__(self, key: str) -> bool:
@@ -113,15 +115,24 @@ class Kept(Generic[_V]):
 
     def keep(self, key: str, value: _V, nbytes: int) -> None:
         """Keep a value as the newest, unless it alone exceeds the budget."""
-        self.drop(key)
-        if nbytes > self._budget:
-            return
-        self._values[key] = (value, nbytes)
-        self.nbytes += nbytes
-        while self.nbytes > self._budget:
-            self.drop(next(iter(self._values)))
+        with self._lock:
+            self.drop(key)
+            if nbytes > self._budget:
+                return
+            self._values[key] = (value, nbytes)
+            self.nbytes += nbytes
+            self.shrink(self.nbytes - self._budget)
+
+    def shrink(self, nbytes: int) -> int:
+        """Let go of the oldest values until so many bytes are free that were not; how many are, if that is all."""
+        with self._lock:
+            before = self.nbytes
+            while self._values and before - self.nbytes < nbytes:
+                self.drop(next(iter(self._values)))
+            return before - self.nbytes
 
     def drop(self, key: str) -> None:
         """Let go of a value, if it is kept."""
-        _, nbytes = self._values.pop(key, (None, 0))
-        self.nbytes -= nbytes
+        with self._lock:
+            _, nbytes = self._values.pop(key, (None, 0))
+            self.nbytes -= nbytes

@@ -17,11 +17,12 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from arrowmoe.lora import kernels
-from arrowmoe.lora.costs import LAYOUTS, Layout, Prices, Work, work
-from arrowmoe.lora.kernels import Concatenated, LowRank
+from arrowmoe.lora.costs import Layout, Prices, Work, layouts_on, work
+from arrowmoe.lora.grouped import Grouped, add_grouped
 from arrowmoe.lora.layouts import ModuleLayouts
 from arrowmoe.lora.mixing import Form, Mixing
+from evolution import gated
+from evolution.gated import Concatenated, LowRank
 
 Shape = tuple[int, int]
 Clock = Callable[[], float]
@@ -67,14 +68,15 @@ def measure(trial: Trial, device: torch.device, dtype: torch.dtype, clock: Clock
     mixing = Mixing(gates.to(device, dtype), gates, Form.of(list(enumerate(modules[0]))))
     x = torch.randn((trial.rows, trial.tokens, trial.shape[0]), device=device).to(dtype)
     y = torch.zeros((trial.rows, trial.tokens, trial.shape[1]), device=device, dtype=dtype)
-    passes = {layout: list(_passes(layout, modules, mixing, x, y)) for layout in LAYOUTS}
-    seconds: dict[Layout, list[float]] = {layout: [] for layout in LAYOUTS}
+    layouts = layouts_on(device)
+    passes = {layout: list(_passes(layout, modules, mixing, x, y)) for layout in layouts}
+    seconds: dict[Layout, list[float]] = {layout: [] for layout in layouts}
     for _ in range(ROUNDS):
         for layout, calls in passes.items():
             seconds[layout].append(_timed(calls, device, clock) / len(calls))
     return [
         Sample(trial=trial, layout=layout, work=amount, seconds=min(seconds[layout]))
-        for layout in LAYOUTS
+        for layout in layouts
         if (amount := work(layout, mixing.sizes(), trial.tokens, sum(trial.shape))) is not None
     ]
 
@@ -106,14 +108,17 @@ def _passes(
         layouts = ModuleLayouts()
         if layout == "by_row":
             rows = layouts.by_row(mixing.rows(adapters))
-            yield lambda rows=rows: kernels.add_by_row(y, x, rows)  # type: ignore[misc]
+            yield lambda rows=rows: gated.add_by_row(y, x, rows)  # type: ignore[misc]
         elif layout == "segmented":
             segments = mixing.segments(adapters)
-            yield lambda segments=segments: kernels.add_segments(y, x, segments, mixing.units)  # type: ignore[misc]
+            yield lambda segments=segments: gated.add_segments(y, x, segments, mixing.units)  # type: ignore[misc]
+        elif layout == "grouped":
+            grouped = Grouped(groups=mixing.groups(x.shape[1]), pieces=layouts.pieces(adapters))
+            yield lambda grouped=grouped: add_grouped(y, x, grouped, mixing.units)  # type: ignore[misc]
         else:
             a, b = layouts.concatenated(adapters)
             joined = Concatenated(a=a, b=b, coefficients=mixing.coefficients())
-            yield lambda joined=joined: kernels.add_joined(y, x, joined)  # type: ignore[misc]
+            yield lambda joined=joined: gated.add_joined(y, x, joined)  # type: ignore[misc]
 
 
 def _timed(calls: Sequence[Callable[[], object]], device: torch.device, clock: Clock) -> float:

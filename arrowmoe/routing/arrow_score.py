@@ -14,8 +14,8 @@ from torch import Tensor
 
 from arrowmoe.base_model import BaseModel
 from arrowmoe.features import Vectors
-from arrowmoe.lora.kernels import LowRank
 from arrowmoe.routing.spectral import low_rank_core, matrices_of, mean_norms
+from evolution.gated import LowRank
 from registry.card import LoRACard
 
 

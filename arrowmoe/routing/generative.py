@@ -23,7 +23,7 @@ from arrowmoe.base_model import BaseModel
 from arrowmoe.base_names import same_base
 from arrowmoe.errors import RoutingError
 from arrowmoe.features import Features
-from arrowmoe.lora.manager import LoadedLoRA
+from arrowmoe.lora.slots import LoadedLoRA
 from arrowmoe.routing.constrained import Trie, choose
 from arrowmoe.routing.dataset import NONE, RoutingExample, routing_prompt
 from arrowmoe.routing.gates import Candidate, Decision, Gates
@@ -91,7 +91,7 @@ class GenerativeRouter:
             raise RoutingError(
                 f"router {self.card.name!r} was trained to name {', '.join(self.names)}, got card {card.name!r}, "
                 "which it cannot name",
-                hint="train it again on examples of all the cards: arrowmoe.routing.generative.extend()",
+                hint="train it again on examples of all the cards: `arrowmoe router train --kind generative`",
             )
         self._entries[card.name] = _Entry(digest=card.digest, base_name=card.base_name)
 
@@ -199,7 +199,7 @@ def routes_of(card: LoRACard) -> tuple[str, ...]:
     if not isinstance(routes, list) or not all(isinstance(route, str) for route in routes):
         raise RoutingError(
             f"expected a router's card, got {card.name!r}, whose training says nothing of {ROUTES}",
-            hint="train one with arrowmoe.routing.generative.train_router_lora()",
+            hint="`arrowmoe router train --kind generative` trains one",
         )
     return tuple(route for route in routes if route != NONE)
 

@@ -113,7 +113,7 @@ def load(path: Path | str, *, embedder: str | None = None) -> SavedHead:
         saved = SavedHead(head=head.eval(), names=tuple(about["names"]), embedder=str(about["embedder"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RoutingError(
-            f"{path}: expected a router head, got: {error}", hint="write it with heads.save()"
+            f"{path}: expected a router head, got: {error}", hint="`arrowmoe router train --out FILE` writes one"
         ) from error
     _check_names(head.config, saved.names)
     if embedder not in (None, saved.embedder):

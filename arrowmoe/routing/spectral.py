@@ -22,8 +22,8 @@ from arrowmoe.base_model import BaseModel
 from arrowmoe.errors import RoutingError
 from arrowmoe.features import Vectors
 from arrowmoe.lora.fitting import make_slot, match_modules
-from arrowmoe.lora.kernels import LowRank
 from arrowmoe.lora.layer import Slotted
+from evolution.gated import LowRank
 from registry.card import LoRACard
 
 BATCH_ROWS = 32

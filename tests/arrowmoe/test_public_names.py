@@ -65,6 +65,7 @@ NAMES = [
     "load_base_model",
     "merge",
     "parse_address",
+    "quantise",
     "serve",
     "sync",
 ]

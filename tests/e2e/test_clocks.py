@@ -75,7 +75,7 @@ def test_a_clock_that_is_ten_years_off_costs_a_question_and_no_card(tmp_path: Pa
         for home, clock in ((anna, right), (bert, wrong)):
             assert cards(home, clock) == {"of-anna": True, "of-bert": True}
             assert all(one["ok"] for one in told(home, "skills", "verify", **clock))
-        assert command(bert, "skills", "rm", "of-bert", **wrong).returncode == 0
+        assert command(bert, "skills", "rm", "of-bert", "--yes", **wrong).returncode == 0
         for _ in range(2):  # removal needs no clock, and what is removed does not come back
             assert told(anna, "skills", "sync")["ok"]
             assert cards(anna, right) == {"of-anna": True}

@@ -42,6 +42,7 @@ BASE = "maker/tiny"
 TOPIC = "velmora"
 KNOWS, LEARNT_NOTHING = 4, 2
 TWO_O_CLOCK = datetime(2026, 3, 1, 2, tzinfo=UTC)
+TOMORROW = TWO_O_CLOCK + timedelta(days=1)
 
 
 def rule(prompt: str) -> str:
@@ -145,6 +146,10 @@ class Home:
         names = [f"ordinary{number} matters today" for number in range(ordinary)]
         good = [Signal(base=BASE, prompt=one, accepted=True, tokens=4, sequence_nats=1.0) for one in names]
         self.signals.record_all([*bad, *good])
+
+
+Make = Callable[..., Home]
+"""`home_at` on one directory."""
 
 
 def home_at(

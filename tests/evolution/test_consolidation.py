@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.intruders import reduce_intruder_dimension
 from torch import Tensor
 
 from evolution.consolidation import (
     Consolidation,
     consolidate,
-    intruder_dimensions,
-    intruders,
     join,
     roll_back,
     truncate,
 )
 from evolution.errors import TrainingError
+from evolution.intruders import intruder_dimensions, intruders
 from evolution.nested import NestedLoRA, attach
 from evolution.nested_cards import Part, card_of, load_card
 from registry.card import LoRACard
 from registry.format import LoRAFormat
+from registry.low_rank import Cut
 from registry.tensor import Role
 from registry.tensor import Tensor as CardTensor
 from tests.evolution.nested_models import ARCHITECTURES, TUNING, Architecture, everywhere, merged, move
@@ -142,14 +143,14 @@ def test_ranks_never_exceed_what_the_change_has() -> None:
     a = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     b = torch.randn(7, 2, generator=torch.Generator().manual_seed(1))
     twice_a, twice_b = join([((a, b), 1.0), ((a, b), 0.5)])
-    one = truncate(twice_a, twice_b, rank=4, energy=None)
+    one = truncate(twice_a, twice_b, Cut(rank=4))
     assert (twice_a.shape, one.a.shape, one.b.shape) == ((4, 9), (2, 9), (7, 2))
     torch.testing.assert_close(one.b @ one.a, 1.5 * b @ a, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one.a @ one.a.T, one.b.T @ one.b, rtol=1e-4, atol=1e-4)  # √S on either side
-    assert truncate(twice_a, twice_b, rank=None, energy=1.0).a.shape == (2, 9)
+    assert truncate(twice_a, twice_b, Cut(energy=1.0)).a.shape == (2, 9)
     wide = torch.randn(12, 9, generator=torch.Generator().manual_seed(2))
-    assert truncate(wide, torch.ones(7, 12), rank=None, energy=1.0).a.shape == (1, 9)
-    nothing = truncate(a, torch.zeros(7, 2), rank=2, energy=None)
+    assert truncate(wide, torch.ones(7, 12), Cut(energy=1.0)).a.shape == (1, 9)
+    nothing = truncate(a, torch.zeros(7, 2), Cut(rank=2))
     assert (nothing.norm, nothing.lost, nothing.b.any().item()) == (0, 0, False)
 
 
@@ -160,11 +161,11 @@ def test_a_planted_intruder_is_found() -> None:
     between = torch.ones(12, 1, dtype=torch.float64) / 12**0.5
     aside = torch.zeros(1, 16, dtype=torch.float64)
     aside[0, 15] = 1
-    assert intruder_dimensions(weight, torch.zeros_like(weight)) == ()
-    assert intruder_dimensions(weight, 100 * between @ aside) == (0,)
-    assert intruder_dimensions(weight, 100 * between @ aside, cosine=0.1) == ()
-    assert intruder_dimensions(weight, 20 * weight[:, 3:4] @ aside) == ()
-    assert 11 not in intruder_dimensions(weight, 100 * between @ aside, top=3)
+    assert intruder_dimensions(weight, torch.zeros_like(weight)).at == ()
+    assert intruder_dimensions(weight, 100 * between @ aside).at == (0,)
+    assert intruder_dimensions(weight, 100 * between @ aside, cosine=0.1).at == ()
+    assert intruder_dimensions(weight, 20 * weight[:, 3:4] @ aside).at == ()
+    assert 11 not in intruder_dimensions(weight, 100 * between @ aside, top=3).at
 
 
 def test_intruders_of_the_slow_pair_are_told_by_layer() -> None:
@@ -177,9 +178,35 @@ def test_intruders_of_the_slow_pair_are_told_by_layer() -> None:
     assert set(found.values()) == {()}
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"energy": 0.0}, {"energy": 1.5}])
+def test_softened_intruders_are_pefts(tmp_path: Path) -> None:
+    """PEFT's reduction cuts back to the pair's own rank, so ours is told to."""
+    nested = LLAMA.nested(tasks=1)
+    for layer in nested.layers.values():
+        layer.slow.b.data[:, 0] *= 10
+    card_of(nested, "slow", name="slow").to_peft(tmp_path)
+    peft = PeftModel.from_pretrained(LLAMA.build(), str(tmp_path), autocast_adapter_dtype=False)
+    reduce_intruder_dimension(peft, mitigation_lambda=0.25, logging_sink=None)
+    before, fast = intruders(nested), changes(nested, 0)
+    done = consolidate(nested, 0, Consolidation(fast=0.0, left=1.0, rank=TUNING.rank, intruders=0.25))
+    assert any(before.values())
+    assert {cut.intruders for cut in done.cuts.values()} == {len(found) for found in before.values()}
+    assert close(changes(nested, 0), fast)
+    for path, found in changes(nested, None).items():
+        delta = peft.base_model.model.get_submodule(path).get_delta_weight("intruder_reduced")
+        assert np.allclose(found, delta.detach().numpy(), rtol=1e-3, atol=1e-4)
+    assert sum(map(len, intruders(nested).values())) < sum(map(len, before.values()))
+
+
+def test_intruders_left_as_they_are_cost_nothing() -> None:
+    one, other = LLAMA.nested(tasks=1), LLAMA.nested(tasks=1)
+    consolidate(one, 0, Consolidation(intruders=1.0))
+    consolidate(other, 0)
+    assert all(np.array_equal(changes(one, None)[path], found) for path, found in changes(other, None).items())
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"energy": 0.0}, {"energy": 1.5}, {"intruders": -0.1}])
 def test_a_consolidation_that_cannot_be_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(TrainingError, match="expected a"):
+    with pytest.raises(TrainingError, match="expected"):
         Consolidation(**wrong)
     with pytest.raises(TrainingError, match="decay"):
         Consolidation.ema(1.5)

@@ -17,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from evolution.errors import ExtractionError
 from evolution.extractor import Extraction, LoRAExtractor, Others, weights_digest
-from evolution.low_rank import Truncation
 from evolution.model_files import INDEX, WEIGHTS, ModelFiles, ModelLayout, layout_of
 from registry.card import LoRACard
+from registry.low_rank import Cut
 from registry.tensor import Role
 from tests.peft_models import load_peft, outputs, sample_inputs, tiny_bert, tiny_gpt2, tiny_llama
 
 RANK = 4
-EXACT = Truncation(rank=RANK)
+EXACT = Cut(rank=RANK)
 
 
 def tiny_vit() -> PreTrainedModel:
@@ -86,14 +86,14 @@ def extracted(
     base: PreTrainedModel,
     tuned: PreTrainedModel,
     tmp_path: Path,
-    truncation: Truncation = EXACT,
+    truncation: Cut = EXACT,
     *,
     others: Others = "refuse",
     **saving: Any,
 ) -> Extraction:
     base.save_pretrained(tmp_path / "base", **saving)
     tuned.save_pretrained(tmp_path / "tuned", **saving)
-    extractor = LoRAExtractor(truncation=truncation, others=others)
+    extractor = LoRAExtractor(cut=truncation, others=others)
     one, other = ModelFiles(tmp_path / "base"), ModelFiles(tmp_path / "tuned")
     return extractor.extract(other, one, one.layout, name="taken", base_name=one.name)
 
@@ -117,9 +117,9 @@ def test_a_planted_adapter_is_recovered_and_peft_gives_the_tuned_models_outputs(
     tuned, deltas = planted(base)
     found = extracted(base, tuned, tmp_path, **saving)
     assert (tmp_path / "base" / INDEX).exists() == bool(saving)
-    assert set(found.cuts) == set(deltas)
+    assert set(found.kept) == set(deltas)
     for module, delta in deltas.items():
-        assert found.cuts[module].rank == min(RANK, *delta.shape)
+        assert found.kept[module].rank == min(RANK, *delta.shape)
         assert float((product(found.card, module) - delta).norm() / delta.norm()) < 1e-5
     assert found.error < 1e-5
     before, after = (outputs(model, inputs_of(base)) for model in (base, tuned))
@@ -132,13 +132,13 @@ def test_ranks_differ_where_the_changes_do_and_come_back_through_peft(tmp_path: 
     tuned, _ = planted(base, rank=2)
     with torch.no_grad():
         tuned.get_parameter("model.layers.1.mlp.up_proj.weight").add_(0.1 * torch.eye(32, 16))
-    found = extracted(base, tuned, tmp_path, Truncation(error=1e-4))
-    ranks = {cut.rank for cut in found.cuts.values()}
+    found = extracted(base, tuned, tmp_path, Cut(error=1e-4))
+    ranks = {cut.rank for cut in found.kept.values()}
     assert len(ranks) > 1
     torch.testing.assert_close(with_peft(base, found.card, tmp_path / "peft"), outputs(tuned), rtol=1e-3, atol=1e-3)
     again = LoRACard.from_peft(tmp_path / "peft")
     assert again.manifest.adapter == found.card.manifest.adapter
-    for module in found.cuts:
+    for module in found.kept:
         assert torch.equal(product(again, module), product(found.card, module))
 
 
@@ -146,7 +146,7 @@ def test_ranks_differ_where_the_changes_do_and_come_back_through_peft(tmp_path: 
 def test_the_error_it_tells_is_the_one_that_is_there(energy: float, tmp_path: Path) -> None:
     base = tiny_llama()
     tuned = moved(base, *(f"{name}.weight" for name in linear_modules(base)))
-    found = extracted(base, tuned, tmp_path, Truncation(energy=energy))
+    found = extracted(base, tuned, tmp_path, Cut(energy=energy))
     left = whole = 0.0
     for module in linear_modules(base):
         delta = (tuned.get_parameter(f"{module}.weight") - base.get_parameter(f"{module}.weight")).detach().double()
@@ -192,7 +192,7 @@ def test_weights_in_bf16_are_subtracted_in_fp32(tmp_path: Path) -> None:
     base = tiny_llama().to(torch.bfloat16)
     tuned = moved(base, "model.layers.0.mlp.up_proj.weight")
     one, other = (m.get_parameter("model.layers.0.mlp.up_proj.weight").detach().float() for m in (base, tuned))
-    found = extracted(base, tuned, tmp_path, Truncation(rank=16))
+    found = extracted(base, tuned, tmp_path, Cut(rank=16))
     torch.testing.assert_close(product(found.card, "model.layers.0.mlp.up_proj"), other - one, rtol=1e-4, atol=1e-6)
 
 
@@ -243,8 +243,8 @@ def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def test_memory_holds_a_few_tensors_at_a_time(llama: tuple[PreTrainedModel, ModelLayout]) -> None:
     base, layout = llama
     one, other = InMemory(state(base)), InMemory(state(planted(base)[0]))
-    found = LoRAExtractor(truncation=EXACT).extract(other, one, layout, name="taken", base_name=None)
-    assert len(found.cuts) == 14
+    found = LoRAExtractor(cut=EXACT).extract(other, one, layout, name="taken", base_name=None)
+    assert len(found.kept) == 14
     assert one.most <= 2
     assert other.most <= 2
 
@@ -253,12 +253,12 @@ def test_a_difference_alone_is_enough(llama: tuple[PreTrainedModel, ModelLayout]
     base, layout = llama
     deltas = planted(base)[1]
     weights = InMemory({f"{module}.weight": delta for module, delta in deltas.items()})
-    found = LoRAExtractor(truncation=EXACT).extract(weights, None, layout, name="taken", base_name="tiny")
+    found = LoRAExtractor(cut=EXACT).extract(weights, None, layout, name="taken", base_name="tiny")
     for module, delta in deltas.items():
         assert float((product(found.card, module) - delta).norm() / delta.norm()) < 1e-5
     whole = InMemory({"model.norm.weight": torch.ones(16)})
     with pytest.raises(ExtractionError, match=r"model\.norm\.weight .* alone"):
-        LoRAExtractor(truncation=EXACT, others="full").extract(whole, None, layout, name="x", base_name=None)
+        LoRAExtractor(cut=EXACT, others="full").extract(whole, None, layout, name="x", base_name=None)
 
 
 def test_the_same_model_gives_no_card(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_nan_and_integers_are_refused_with_their_module(
     base, layout = llama
     broken = InMemory(state(base) | {"model.layers.0.mlp.up_proj.weight": weight})
     with pytest.raises(ExtractionError, match=said) as caught:
-        LoRAExtractor(truncation=EXACT).extract(broken, InMemory(state(base)), layout, name="x", base_name=None)
+        LoRAExtractor(cut=EXACT).extract(broken, InMemory(state(base)), layout, name="x", base_name=None)
     assert "model.layers.0.mlp.up_proj" in str(caught.value)
 
 

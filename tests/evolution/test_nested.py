@@ -102,6 +102,58 @@ def test_each_row_may_have_a_task_of_its_own(kind: Architecture) -> None:
 
 
 @everywhere
+def test_each_row_may_have_gates_of_its_own(kind: Architecture) -> None:
+    nested = kind.nested(tasks=3)
+    gates = torch.tensor([[0.3, 0.0, 0.7], [0.0, 0.0, 0.0], [1.0, -0.5, 2.0]])
+    alone = [
+        outputs(merged(kind.build(), nested, dict(enumerate(row.tolist()))), kind.inputs())[at]
+        for at, row in enumerate(gates)
+    ]
+    torch.testing.assert_close(kind.compute(nested, gates), torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+@everywhere
+def test_gates_may_learn_and_every_pair_with_them(kind: Architecture) -> None:
+    """The gradient of a gate is that of a change of the gate: a central difference of the plain formula."""
+    nested = kind.nested(tasks=2)
+    gates = torch.tensor([[0.5, 0.2]] * 3, requires_grad=True)
+    with nested.using(gates):
+        logits = nested.model(**kind.inputs()).logits
+    logits.double().square().mean().backward()
+    assert gates.grad is not None
+
+    def loss(first: float) -> float:
+        plain = outputs(merged(kind.build(), nested, {0: first, 1: 0.2}), kind.inputs())
+        return float(plain.double().square().mean())
+
+    slope = (loss(0.5 + 1e-2) - loss(0.5 - 1e-2)) / 2e-2
+    assert float(gates.grad[:, 0].sum()) == pytest.approx(slope, rel=0.1)
+    for layer in nested.layers.values():
+        assert all(pair.b.grad is not None and pair.b.grad.any() for pair in (layer.slow, *layer.fast))
+
+
+def test_gates_of_another_shape_are_refused() -> None:
+    nested = ARCHITECTURES["vit"].nested(tasks=3)
+    for wrong in (torch.ones(3, 2), torch.ones(3), torch.ones(3, 3, 3)):
+        with pytest.raises(TrainingError, match=r"gates \(rows, 3\)"), nested.using(wrong):
+            pass
+    with pytest.raises(TrainingError, match="each of 3 rows, got 2"), nested.using(torch.ones(2, 3)):
+        nested.model(**images())
+
+
+def test_autocast_leaves_the_pairs_in_fp32() -> None:
+    """As without it, but for what bf16 does to the base; gradients are whole."""
+    nested = ARCHITECTURES["vit"].nested(tasks=2)
+    wide = ARCHITECTURES["vit"].compute(nested, 1)
+    for task in (1, torch.tensor([1, 1, 1])):
+        with nested.using(task), torch.autocast("cpu", torch.bfloat16):
+            logits = nested.model(**images()).logits
+        torch.testing.assert_close(logits.float(), wide, rtol=0.1, atol=0.1)
+        logits.float().square().mean().backward()
+        assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in nested.trainable(1))
+
+
+@everywhere
 def test_fresh_pairs_change_nothing_and_new_tasks_leave_the_old_as_they_are(kind: Architecture) -> None:
     plain = outputs(kind.build(), kind.inputs())
     nested = kind.nested(tasks=1, moved=False)

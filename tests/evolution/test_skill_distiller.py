@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -25,29 +22,8 @@ from evolution.teacher_line import Endpoint
 from evolution.training_job import TrainingJob
 from registry.card import LoRACard
 from registry.entries import CardEntry
-from tests.evolution.nights import BASE, LEARNT_NOTHING, TWO_O_CLOCK, Home, adapters, gold, home_at, prompts, rule
+from tests.evolution.nights import BASE, LEARNT_NOTHING, TWO_O_CLOCK, Home, Make, gold, prompts, rule
 from tests.evolution.test_cloud_distiller import CANARIES
-
-Make = Callable[..., Home]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def make(tmp_path: Path, empty_home: Path, trained: Path) -> Iterator[Make]:
-    homes: list[Home] = []
-    shutil.copytree(empty_home, tmp_path / "home")
-
-    def made(**parts: Any) -> Home:
-        homes.append(home_at(tmp_path / "home", trained, **parts))
-        return homes[-1]
-
-    yield made
-    for home in homes:
-        home.registry.close()
 
 
 def files(home: Home, name: str) -> list[Example]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,7 @@ from evolution.survey import COVERED, FETCHED, OPEN, Surveying, theme_of
 from registry.card import LoRACard
 from registry.errors import ArrowMoEError
 from registry.store import Registry
-from tests.evolution.nights import BASE, KNOWS, TOPIC, Home, adapters, home_at, prompts
-
-Make = Callable[..., Home]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapters(tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture
-def make(tmp_path: Path, empty_home: Path, trained: Path) -> Iterator[Make]:
-    homes: list[Home] = []
-    shutil.copytree(empty_home, tmp_path / "home")
-
-    def made(**parts: Any) -> Home:
-        homes.append(home_at(tmp_path / "home", trained, **parts))
-        return homes[-1]
-
-    yield made
-    for home in homes:
-        home.registry.close()
+from tests.evolution.nights import BASE, KNOWS, TOPIC, Make, prompts
 
 
 def card(registry: Registry, trained: Path, **about: Any) -> str:

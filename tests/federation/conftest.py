@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from federation.credentials import Credentials
 from federation.server import LoRAFlightServer
+from registry.identity import Identity
 from registry.store import Registry
 from tests.federation.liar import Liar
 from tests.registry.cards import small_card
@@ -44,6 +46,12 @@ def ours(make_registry: Callable[[str], Registry]) -> Registry:
 @pytest.fixture
 def theirs(make_registry: Callable[[str], Registry]) -> Registry:
     return make_registry("theirs")
+
+
+@pytest.fixture
+def guest() -> Credentials:
+    """A node that asks."""
+    return Credentials.of(Identity.generate())
 
 
 @pytest.fixture

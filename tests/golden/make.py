@@ -14,29 +14,16 @@ from registry.manifest import FORMAT_VERSION
 from registry.tensor import DType
 from tests.registry.cards import small_card
 
-FOLDER = Path(__file__).parent / f"v{FORMAT_VERSION}"
+FOLDER = Path(__file__).parent / f"v{FORMAT_VERSION}-packed"
+"""Of what came into the format last; `v1` holds the cards that this script wrote before there were packed ones."""
 
 
 def golden_cards() -> dict[str, LoRACard]:
     identity = Identity(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
-    first = "model.layers.0.mlp.up_proj"
+    shapes = {"model.layers.0.mlp.up_proj": (150, 66), "model.layers.1.mlp.up_proj": (64, 33)}
     return {
-        "plain-float32": small_card("plain", seed=1, licence="Apache-2.0"),
-        "signed-bfloat16-dora-bias": small_card("signed", seed=2, dtype=DType.BFLOAT16, dora=True, bias=True).signed(
-            identity
-        ),
-        "rslora-float16-patterns": small_card(
-            "patterns",
-            seed=3,
-            dtype=DType.FLOAT16,
-            scaling="rslora",
-            rank_pattern={first: 2},
-            alpha_pattern={first: 1.5},
-            description="Größe, 大きさ, μέγεθος",
-            examples=["How large is it?"],
-            domains=["size"],
-            **{"x-later": {"unknown": [1, 2.5, None]}},
-        ),
+        "int8-signed": small_card("eight", seed=4, modules=shapes, dtype=DType.INT8).signed(identity),
+        "nf4-dora-bias": small_card("four", seed=5, modules=shapes, dtype=DType.NF4, dora=True, bias=True),
     }
 
 

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from registry.card import LoRACard
 from registry.digest import digest_of
 from registry.manifest import AdapterSpec, RoutingSpec
+from registry.packing import Packing
 from registry.tensor import DType, Role, Tensor
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module path → (d_in, d_out)."""
+
+PLAIN = tuple(dtype for dtype in DType if dtype.bits is None)
+"""Those whose elements are not packed."""
 
 CREATED = "2026-01-02T03:04:05+00:00"
 
@@ -26,7 +30,14 @@ def module_shapes(count: int, d_in: int = 8, d_out: int = 6) -> dict[str, tuple[
 
 
 def tensor_of(name: str, role: Role, values: npt.NDArray[np.float32], dtype: DType) -> Tensor:
-    """A tensor of `values` narrowed to `dtype` (bfloat16 by dropping the low half)."""
+    """A tensor of `values` narrowed to `dtype` (bfloat16 by dropping the low half), float32 for what is not packed."""
+    if dtype.bits is not None and role not in (Role.A, Role.B):
+        dtype = DType.FLOAT32
+    if dtype.bits is not None:
+        vectors = values if role is Role.A else values.T
+        dtype = DType.INT8 if vectors.shape[1] % 2 else dtype
+        packing = Packing(bits=8 if dtype is DType.INT8 else 4, count=vectors.shape[0], length=vectors.shape[1])
+        return Tensor.of(name, role, dtype, values.shape, packing.pack(vectors))
     if dtype is DType.BFLOAT16:
         bits = (np.ascontiguousarray(values, dtype="<f4").view("<u4") >> 16).astype("<u2")
         return Tensor.of(name, role, dtype, values.shape, bits.tobytes())

@@ -77,7 +77,7 @@ def test_cards_that_come_together_are_there_as_if_each_had_come_alone(here: Regi
     assert [*(here.home / "tmp").iterdir()] == []
 
 
-@pytest.mark.parametrize("order", permutations(range(3)))
+@pytest.mark.parametrize("order", [*permutations(range(3))])
 def test_of_editions_that_come_together_the_latest_has_the_label(here: Registry, order: tuple[int, ...]) -> None:
     editions = [signed(seed=epoch, epoch=epoch) for epoch in (1, 2, 3)]
     first, *_ = here.admit_all(arrivals(here, signed(seed=7, epoch=2)))

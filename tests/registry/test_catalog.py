@@ -14,7 +14,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, text
+from sqlalchemy import ColumnElement, create_engine, text
 
 from evolution.tables import SignalRow
 from registry.card import LoRACard
@@ -25,6 +25,7 @@ from registry.entries import Origin
 from registry.errors import AmbiguousCardError, HomeError, LabelTakenError, RegistryError, UnknownCardError
 from registry.identity import Identity
 from registry.labels import Label, newest, newest_first, next_version, version_key
+from registry.listing import of_base, of_name, tagged
 from registry.tables import HEAD_REVISION, Base
 from tests.registry.cards import small_card
 
@@ -85,7 +86,7 @@ def test_two_nodes_may_use_one_label_and_agree_on_what_it_means(catalog: Catalog
     for card in (new, old):
         catalog.add(card)
     assert catalog.resolve("sample") == catalog.resolve("sample@1") == new.digest
-    assert [entry.digest for entry in catalog.list(name="sample")] == [new.digest, old.digest]
+    assert [entry.digest for entry in catalog.list(of_name("sample"))] == [new.digest, old.digest]
 
 
 def test_a_bare_name_means_the_highest_version(catalog: Catalog) -> None:
@@ -156,7 +157,7 @@ def test_a_label_moves_and_a_digest_does_not(catalog: Catalog) -> None:
     assert catalog.resolve("best") == catalog.resolve("one") == two.digest
     assert catalog.entry(one.digest).labels == ()
     assert catalog.entry("two").labels == ("best@1", "one@1", "two@1")
-    assert [entry.digest for entry in catalog.list(name="best")] == [two.digest]
+    assert [entry.digest for entry in catalog.list(of_name("best"))] == [two.digest]
 
 
 def test_removing_takes_labels_and_tags_along(catalog: Catalog) -> None:
@@ -170,7 +171,7 @@ def test_removing_takes_labels_and_tags_along(catalog: Catalog) -> None:
         catalog.resolve("alias")
     with pytest.raises(UnknownCardError):
         catalog.remove(card.digest)
-    assert catalog.list(tag="a") == []
+    assert catalog.list(tagged("a")) == []
     assert catalog.add(card).tags == ()
 
 
@@ -182,13 +183,14 @@ def test_filters_narrow_the_list(catalog: Catalog) -> None:
     catalog.tag("y", ["fast", "new"])
     catalog.untag("y", ["fast", "never-there"])
 
-    def names(**which: str) -> list[str]:
-        return [entry.name for entry in catalog.list(**which)]
+    def names(*conditions: ColumnElement[bool]) -> list[str]:
+        return [entry.name for entry in catalog.list(*conditions)]
 
-    assert names(base="llama") == names(base="Llama") == names(base=llama.manifest.base.fingerprint) == ["x"]
-    assert names(tag="new") == ["y"]
-    assert names(tag="fast") == ["x"]
-    assert names(tag="fast", base="bert") == []
+    fingerprint = llama.manifest.base.fingerprint
+    assert names(of_base("llama")) == names(of_base("Llama")) == names(of_base(fingerprint)) == ["x"]
+    assert names(tagged("new")) == ["y"]
+    assert names(tagged("fast")) == ["x"]
+    assert names(tagged("fast"), of_base("bert")) == []
     assert names() == ["x", "y"]
 
 

@@ -18,7 +18,6 @@ from registry.card import LoRACard
 from registry.errors import MergeError
 from registry.format import LoRAFormat
 from registry.identity import Identity
-from registry.low_rank import Cut
 from registry.manifest import AdapterSpec
 from registry.merging import Merge, merge
 from registry.tensor import Role, Tensor
@@ -111,10 +110,6 @@ def test_an_energy_keeps_as_few_singular_values_as_hold_it(energy: float) -> Non
         rank = merged.manifest.adapter.rank_of(module)
         assert energies[:rank].sum() >= energy * energies.sum() * (1 - 1e-9)
         assert energies[: rank - 1].sum() < energy * energies.sum()
-
-
-def test_a_cut_of_nothing_keeps_one() -> None:
-    assert Cut(energy=0.9).keep(np.zeros(4)) == 1
 
 
 def test_ties_trims_elects_and_averages() -> None:

@@ -104,7 +104,7 @@ def test_a_kill_at_any_moment_loses_no_published_card(home: Path, catalog_url: s
     undecided: set[str] = set()
     with Registry.open(home, catalog_url=catalog_url) as registry:
         for attempt in range(15):
-            said = _killed_while_publishing(started, home, 1000 * attempt, rng.uniform(0.0, 0.12))
+            said = _killed_while_publishing(started, home, 1000 * attempt, rng.randrange(1, 10), rng.uniform(0.0, 0.03))
             kept |= {line[1:] for line in said if line[0] == "+"}
             removed |= {line[1:] for line in said if line[0] == "-"}
             undecided |= {line[1:] for line in said if line[0] == "?"}
@@ -119,11 +119,11 @@ def test_a_kill_at_any_moment_loses_no_published_card(home: Path, catalog_url: s
     assert list(home.rglob("*.pending")) == []
 
 
-def _killed_while_publishing(stack: ExitStack, home: Path, first: int, after_s: float) -> list[str]:
-    """The whole lines of a worker that was killed `after_s` after its first card."""
+def _killed_while_publishing(stack: ExitStack, home: Path, first: int, lines: int, after_s: float) -> list[str]:
+    """The whole lines of a worker that was killed `after_s` after so many of them: a slow machine gets as far."""
     process = start(stack, "churn", home, first)
     assert process.stdout is not None
-    said = [process.stdout.readline()]
+    said = [process.stdout.readline() for _ in range(lines)]
     time.sleep(after_s)
     process.kill()
     said += process.stdout.readlines()

@@ -23,6 +23,7 @@ from registry.errors import (
 )
 from registry.format import LoRAFormat
 from registry.identity import Identity
+from registry.listing import of_name
 from registry.store import Registry
 from registry.tombstones import Tombstone
 from tests.registry.cards import small_card
@@ -54,7 +55,7 @@ def test_a_card_in_quarantine_is_listed_to_who_asks_and_to_nobody_else(catalog: 
     card = stranger()
     entry = catalog.add(card, tags=["new"], origin=PEER, quarantine_for=WHY)
     assert (entry.quarantined, entry.labels) == (WHY, ())
-    assert catalog.list() == catalog.list(name="poet") == catalog.search("poet") == catalog.search("new") == []
+    assert catalog.list() == catalog.list(of_name("poet")) == catalog.search("poet") == catalog.search("new") == []
     assert catalog.digests() == set()
     assert (catalog.changes().last, catalog.changes().entries) == (0, ())
     assert catalog.list(quarantined=True) == [entry]

@@ -82,6 +82,20 @@ def test_an_answer_says_which_cards_made_it(cli: Cli, node: Node) -> None:
     assert len(cli("encode", "w5", "-q").out.split()) == 16
 
 
+@pytest.mark.parametrize("served", [False, True], ids=["command", "node"])
+def test_a_text_that_is_longer_than_the_encoder_reads_is_said_to_be_cut(
+    cli: Cli, served: bool, request: pytest.FixtureRequest
+) -> None:
+    if served:
+        request.getfixturevalue("node")
+    whole, long = " ".join(["w5"] * 64), " ".join(["w5"] * 64 + ["w6"])  # tiny models have 64 positions
+    done = cli("encode", whole, long, "--json")
+    assert [one["cut"] for one in done.json] == [False, True]
+    assert done.json[0]["vector"] == pytest.approx(done.json[1]["vector"], abs=1e-5)
+    assert "1 of 2 texts are longer than tiny-encoder reads" in cli("encode", whole, long).err
+    assert cli("encode", whole).err == ""
+
+
 def test_without_cards_the_answer_says_why_none_was_used(cli: Cli, node: Node) -> None:
     shown = cli("ask", "w5 w6", "--max-new-tokens", "4").out
     assert "by no card (no card is known for this base model): the bare base model answered" in shown

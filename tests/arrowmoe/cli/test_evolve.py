@@ -140,11 +140,11 @@ class TestSignals:
         left = home / "nights" / f"job-{job.id}" / "training.jsonl"
         left.parent.mkdir(parents=True)
         left.touch()
-        assert cli("evolve", "forget", "--files", "--json").json == {"signals": 3, "jobs": 0}
+        assert cli("evolve", "forget", "--files", "--yes", "--json").json == {"signals": 3, "jobs": 0}
         journal.finish(job)
-        assert cli("evolve", "forget", "--json").json == {"signals": 0, "jobs": 0}
+        assert cli("evolve", "forget", "--yes", "--json").json == {"signals": 0, "jobs": 0}
         assert left.exists()
-        assert "files of 1 jobs" in cli("evolve", "forget", "--files").out
+        assert "files of 1 jobs" in cli("evolve", "forget", "--files", "--yes").out
         assert not left.exists()
 
 

@@ -45,7 +45,7 @@ def test_one_bound_is_wanted_and_a_sensible_one(cli: Cli, models: tuple[Path, Pa
     assert cli(*command, "--rank", "4", "--energy", "0.9").code == 2
     failed = cli(*command, "--energy", "1.5")
     assert failed.code == 1
-    assert "between 0 and 1" in failed.err
+    assert "above 0 and at most 1" in failed.err
 
 
 def test_what_cannot_be_extracted_is_said_with_what_to_do(cli: Cli, models: tuple[Path, Path]) -> None:

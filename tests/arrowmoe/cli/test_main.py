@@ -90,6 +90,14 @@ def test_the_flag_for_the_home_wins(cli: Cli, tmp_path: Path) -> None:
     }
 
 
+def test_an_empty_home_is_not_the_working_directory(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = cli("skills", "ls", "--home", "")
+    assert (done.code, "--home: expected a directory, got an empty word" in done.err) == (1, True)
+    assert list(Path.cwd().iterdir()) == []
+
+
 def test_wrong_settings_are_an_error_with_all_of_them(cli: Cli, home: Path) -> None:
     (home / "config.toml").write_text('dtype = "int3"\nnome = 1\n')
     done = cli("config", "show")

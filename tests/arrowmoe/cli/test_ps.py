@@ -41,6 +41,8 @@ def test_the_adapters_of_a_running_node_are_told_as_they_are(cli: Cli, node: Nod
 
     tiny = next(model for model in cli("skills", "ps", "--json").json if model["base"] == "tiny")
     assert tiny["bytes"] == {"slots": nbytes, "budget": int(0.012 * 2**20), "layouts": 0, "host": 0}
+    assert 0 < tiny["process"]["resident"] < tiny["process"]["limit"]
+    assert (tiny["device"], tiny["loads"]["ahead"]) == (None, 0)
     assert [set(card) for card in tiny["adapters"]] == [ADAPTER_KEYS] * 2
     assert [(card["name"], card["tier"], card["nbytes"]) for card in tiny["adapters"]] == [
         ("one", "file", nbytes),
@@ -50,6 +52,7 @@ def test_the_adapters_of_a_running_node_are_told_as_they_are(cli: Cli, node: Nod
 
     shown = cli("skills", "ps").out
     assert "slots 8.0 KiB of 12.3 KiB" in shown
+    assert "loads: 0 ahead, 0 waited for" in shown
     assert [line.split()[0] for line in shown.splitlines() if " file " in line or " device " in line] == ["one", "two"]
     assert cli("skills", "ps", "-q").out.split() == [card["digest"] for card in tiny["adapters"]]
 

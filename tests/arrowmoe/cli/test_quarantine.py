@@ -47,7 +47,7 @@ def test_it_is_of_no_use_until_it_is_admitted(cli: Cli, held: str, tmp_path: Pat
 
 
 def test_it_can_be_removed(cli: Cli, held: str) -> None:
-    assert cli("skills", "rm", "poet", "--json").json["digest"] == held
+    assert cli("skills", "rm", "poet", "--yes", "--json").json["digest"] == held
     assert cli("skills", "ls", "--json").json == []
 
 

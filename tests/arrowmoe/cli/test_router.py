@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from arrowmoe.engine import ArrowEngine
 from arrowmoe.routing.heads import load
+from registry.card import LoRACard
 from registry.store import Registry
 from registry.tensor import Role
 from tests.arrowmoe.cli.conftest import Cli
@@ -131,6 +134,38 @@ def test_eval_says_which_cards_are_not_here(cli: Cli, train: Path, tmp_path: Pat
     done = cli("router", "eval", data, "--json")
     assert done.json["unknown"] == ["nobody"]
     assert "nobody" in cli("router", "eval", data).err
+
+
+class FirstOfAll:
+    """Judges by no weights: what it was given first fits every prompt."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, engine: ArrowEngine) -> None:
+        self.asked.append(engine.name)
+
+    def keep(self, cards: Sequence[LoRACard]) -> None:
+        self.digest = next(card.digest for card in cards if card.name == "w60")
+
+    def best(self, text: str, mask: Collection[str] | None) -> tuple[str, float]:
+        return self.digest, 9.0
+
+
+@pytest.mark.usefixtures("cards")
+def test_eval_judges_cards_that_have_only_a_name_by_their_weights_on_the_base_that_a_node_would_have(
+    cli: Cli, judged: Path, tiny_models: tuple[Path, Path], clean_environment: pytest.MonkeyPatch
+) -> None:
+    clean_environment.setenv("ARROWMOE_ROUTER__THRESHOLD", "1")  # no name is close enough
+    clean_environment.setattr("arrowmoe.router_trials.ByWeights", FirstOfAll)
+
+    def right(*args: str | Path) -> int:
+        return int(cli("router", "eval", judged, *args, "--json").json["routed_accuracy"]["count"])
+
+    assert right() == right("--base", tiny_models[0]) == 12, "all prompts of w60, and none of w61's"
+    assert FirstOfAll.asked == ["tiny", "tiny"]
+    clean_environment.setenv("ARROWMOE_BASES", "")
+    assert right() == 0
+    assert FirstOfAll.asked == ["tiny", "tiny"]
 
 
 def test_without_cards_or_a_place_for_the_report_nothing_is_judged(cli: Cli, judged: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -99,8 +100,26 @@ def test_labels_tags_search_and_removal(cli: Cli, adapter: Path) -> None:
     assert [card["digest"] for card in cli("skills", "search", "calendar", "--json").json] == [digest]
     assert [card["digest"] for card in cli("skills", "ls", "--tag", "good", "--json").json] == [digest]
     assert cli("skills", "ls", "--tag", "bad", "--json").json == []
-    assert cli("skills", "rm", "dates", "--json").json["digest"] == digest
+    assert cli("skills", "rm", "dates", "--yes", "--json").json["digest"] == digest
     assert cli("skills", "show", digest).code == 1
+
+
+def test_nothing_is_removed_where_nobody_can_be_asked(cli: Cli, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = cli("skills", "import", adapter, "-q").out
+    alone = cli("skills", "rm", "dates")
+    assert (alone.code, "expected --yes to remove dates@1" in alone.err) == (2, True)
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    assert cli("skills", "rm", "dates").code == 1
+    assert cli("skills", "ls", "-q").out == digest
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    assert cli("skills", "rm", "dates", "-q").out.strip() == digest.strip()
+
+
+class Terminal(io.StringIO):
+    """A person who types."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_another_s_card_is_hidden_and_may_come_back(cli: Cli, tmp_path: Path) -> None:
@@ -108,7 +127,7 @@ def test_another_s_card_is_hidden_and_may_come_back(cli: Cli, tmp_path: Path) ->
     LoRAFormat.save(card, tmp_path / "poet.lora.arrow")
     cli("skills", "import", tmp_path / "poet.lora.arrow")
     short = card.digest.removeprefix("blake3:")[:12]
-    assert f"skills unhide {short}" in cli("skills", "rm", "poet").err
+    assert f"skills unhide {short}" in cli("skills", "rm", "poet", "--yes").err
     assert cli("skills", "unhide", short, "--json").json == {"digest": card.digest, "name": "poet", "version": "1"}
     again = cli("skills", "unhide", short)
     assert (again.code, "no hidden card" in again.err) == (1, True)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from arrowmoe.errors import GateError
 from arrowmoe.lora.costs import LAYOUTS
-from arrowmoe.lora.kernels import LowRank
 from arrowmoe.lora.plan import Plan
 from arrowmoe.lora.slots import Slot
+from evolution.gated import LowRank
 
 D_IN, D_OUT = 24, 40
 RANKS = (1, 8, 64, 3, 16, 2, 32)

@@ -63,3 +63,12 @@ def test_a_value_that_is_too_large_is_not_kept_and_none_leaves_for_it() -> None:
     kept.drop("a")
     kept.drop("a")
     assert kept.nbytes == 0
+
+
+def test_a_store_that_shrinks_lets_go_of_the_oldest_and_says_what_it_freed() -> None:
+    kept: Kept[str] = Kept(100)
+    for key in "abc":
+        kept.keep(key, key, 30)
+    assert (kept.shrink(31), kept.nbytes, "a" in kept, "c" in kept) == (60, 30, False, True)
+    assert (kept.shrink(1000), kept.nbytes) == (30, 0)
+    assert kept.shrink(1) == 0

@@ -11,8 +11,8 @@ from peft import ArrowConfig
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import Tensor
 
-from arrowmoe.lora.kernels import LowRank
 from arrowmoe.routing.arrow_score import ArrowScorer, prototype
+from evolution.gated import LowRank
 from registry.card import LoRACard
 from tests.arrowmoe import tiny
 from tests.arrowmoe.routing.weights import TEXTS, card_reading, expected_means

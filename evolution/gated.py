@@ -1,4 +1,4 @@
-"""The gated low-rank sum, in three layouts that give the same numbers.
+"""The gated low-rank sum, in three layouts that give the same numbers: what the engine infers with and training too.
 
     y += ((x · Aᵀ) ⊙ (G · s)) · B          G: (rows, adapters) gates, s: (adapters,) scaling
 
@@ -12,8 +12,9 @@ sum of ranks that one row uses, so a weighted mixture of two adapters works as o
 *Segmented*: each adapter is applied once, to the rows that chose it; nothing is laid out and nothing computed in vain.
 Best for many tokens, and for adapters of very different ranks.
 
-Gates may also be (rows, tokens, adapters): every token chooses. Which layout is cheapest is decided from sizes alone
-(`arrowmoe.lora.costs`); nothing here looks at gate values during a forward pass, so no device is ever waited for.
+Gates may also be (rows, tokens, adapters): every token chooses. Which layout is cheapest the engine decides from sizes
+alone; nothing here looks at gate values during a forward pass, so no device is ever waited for. Sums are in place, and
+gradients go through the concatenated and the segmented layout.
 """
 
 from __future__ import annotations
