@@ -117,10 +117,10 @@ def nothing_new(directory: Path, count: int, rounds: int) -> tuple[float, int]:
         ours = stack.enter_context(Registry.open(directory / "ours"))
         peer = stack.enter_context(serving(directory / "theirs"))
         wire = stack.enter_context(Counter(peer["plaintext"]))
-        place = Peer.at(f"127.0.0.1:{wire.port}")
-        sync(ours, [place])  # hears what there is
+        counted, place = (Peer.at(f"127.0.0.1:{port}") for port in (wire.port, peer["plaintext"]))
+        sync(ours, [counted])  # hears what there is
         before = wire.nbytes
-        if not sync(ours, [place]).ok:
+        if not sync(ours, [counted]).ok:
             raise RuntimeError("the sync failed")
         nbytes = wire.nbytes - before
         return 1000 * interleave({"sync": lambda: sync(ours, [place])}, rounds=rounds).median("sync"), nbytes
