@@ -91,6 +91,8 @@ def add_joined(y: Tensor, x: Tensor, layout: Concatenated) -> Tensor:
 
 def add_by_row(y: Tensor, x: Tensor, layout: ByRow) -> Tensor:
     """Add to y (rows, …, d_out), in place, each row's own sum at x (rows, …, d_in)."""
+    if x.dim() == 3:
+        return y.baddbmm_(torch.bmm(x, layout.a), layout.b)
     rows = layout.a.shape[0]
     hidden = torch.bmm(x.reshape(rows, -1, x.shape[-1]), layout.a)
     y.view(rows, -1, y.shape[-1]).baddbmm_(hidden, layout.b)

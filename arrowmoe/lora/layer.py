@@ -7,7 +7,7 @@ does not know rows or gates: it asks the `GateContext` that all wrappers of one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,10 @@ class LoRALinear(Slotted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, …, d_in) → (rows, …, d_out)."""
-        y: Tensor = self.base(x)
+        base = cast("nn.Linear | Conv1D", self._modules["base"])  # looked up in vain by two `__getattr__` as self.base
+        y: Tensor = base(x)
         share = self.share()
-        return y if share is None else share.add(y, x, self.base.bias)
+        return y if share is None else share.add(y, x, base.bias if share.rescales else None)
 
 
 class LoRAEmbedding(Slotted):
@@ -88,9 +89,10 @@ class LoRABias(Slotted):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, …, d) → (rows, …, d)."""
-        y: Tensor = self.base(x)
+        base = self.base
+        y: Tensor = base(x)
         share = self.share()
-        return y if share is None else share.add(y, x, self.base.bias)
+        return y if share is None else share.add(y, x, base.bias if share.rescales else None)
 
 
 Wrapper = LoRALinear | LoRAEmbedding | LoRABias

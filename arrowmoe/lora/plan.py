@@ -17,6 +17,9 @@ from arrowmoe.lora.slots import Slot
 from evolution import gated
 from evolution.gated import ByRow, Concatenated, LowRank, Segment
 
+Way = Callable[[Tensor, Tensor], Tensor]
+"""Adds to y (rows, …, d_out), in place, for an input x (rows, …, d_in)."""
+
 
 class Plan:
     """The gates of one batch: `adapters` are slot keys, `gates` is on the model's device.
@@ -78,7 +81,9 @@ class Plan:
 
     def at(self, path: str, slots: Mapping[str, Slot]) -> Share | None:
         """What the batch's adapters add at the module `path`, which has `slots`; None if none of them has one there."""
-        return _kept(self._shares, path, lambda: self._plan_of(path)._share(path, slots))
+        if path not in self._shares:
+            self._shares[path] = self._plan_of(path)._share(path, slots)
+        return self._shares[path]
 
     def mixing(self, form: Form) -> Mixing:
         """How the gates mix adapters of that form."""
@@ -126,18 +131,26 @@ class Share:
         self._differentiable = plan.gates.requires_grad or any(one.a.requires_grad for one in self._adapters)
         self._rescale = plan.gated_sum(slots, lambda slot: slot.rescale)
         self._bias = plan.gated_sum(slots, lambda slot: slot.bias)
+        self.rescales = self._rescale is not None
+        self._ways: dict[tuple[torch.Size, bool], Way] = {}
         self._concatenated: Concatenated | None = None
         self._by_row: ByRow | None = None
         self._segments: list[Segment] | None = None
         self._pieces: Tensor | None = None
 
-    def add(self, y: Tensor, x: Tensor, base_bias: Tensor | None) -> Tensor:
-        """Add to the base's output y (rows, …, d_out) for its input x (rows, …, d_in); y is overwritten."""
-        self.check_rows(x.shape[:-1])
+    def add(self, y: Tensor, x: Tensor, base_bias: Tensor | None = None) -> Tensor:
+        """Add to the base's output y (rows, …, d_out) for its input x (rows, …, d_in); y is overwritten.
+
+        `base_bias` is the base's own; it is looked at only where the share `rescales`.
+        """
+        shape = (x.shape, y.requires_grad)
+        way = self._ways.get(shape)  # a decode step has one shape, and many modules: what is decided is kept
+        if way is None:
+            way = self._ways[shape] = self._way(x, y)
+        if self._rescale is None and self._bias is None:
+            return way(y, x)
         change = self._vector_change(y, base_bias)
-        if self._adapters:
-            y = self._add_low_rank(y, x)
-        return y if change is None else y.add_(change)
+        return way(y, x).add_(change)
 
     def concatenated(self) -> Concatenated:
         """The concatenated layout."""
@@ -156,15 +169,23 @@ class Share:
                 "so its rows cannot be told apart"
             )
 
-    def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
-        layout = self._layout(x, y)
+    def _way(self, x: Tensor, y: Tensor) -> Way:
+        """How the low-rank part is added for inputs of this shape. Raises `GateError` where it is not the batch's."""
+        self.check_rows(x.shape[:-1])
+        if not self._adapters:
+            return lambda y, x: y
+        layout, units = self._layout(x, y), self._mixing.units
         if layout == "by_row":
-            return gated.add_by_row(y, x, self._in_rows())
+            rows = self._in_rows()
+            return lambda y, x: gated.add_by_row(y, x, rows)
         if layout == "segmented":
-            return gated.add_segments(y, x, self._in_segments(), self._mixing.units)
+            segments = self._in_segments()
+            return lambda y, x: gated.add_segments(y, x, segments, units)
         if layout == "grouped":
-            return add_grouped(y, x, self._in_groups(x), self._mixing.units)
-        return gated.add_joined(y, x, self.concatenated())
+            groups = self._in_groups(x)
+            return lambda y, x: add_grouped(y, x, groups, units)
+        joined = self.concatenated()
+        return lambda y, x: gated.add_joined(y, x, joined)
 
     def _layout(self, x: Tensor, y: Tensor) -> Layout:
         if self._differentiable or y.requires_grad:
@@ -188,10 +209,8 @@ class Share:
         tokens = x.numel() // (self._mixing.units * x.shape[-1])
         return Grouped(groups=self._mixing.groups(tokens), pieces=self._pieces)
 
-    def _vector_change(self, y: Tensor, base_bias: Tensor | None) -> Tensor | None:
-        """DoRA's rescaling of the base output without its bias, plus the change of bias; None if there is neither."""
-        if self._rescale is None and self._bias is None:
-            return None
+    def _vector_change(self, y: Tensor, base_bias: Tensor | None) -> Tensor:
+        """DoRA's rescaling of the base output without its bias, plus the change of bias; there is one of them."""
         change = torch.zeros_like(y) if self._bias is None else _spread(self._bias, y).expand_as(y)
         if self._rescale is None:
             return change
