@@ -18,11 +18,12 @@ from arrowmoe.lora.costs import Prices
 from arrowmoe.lora.loader import Loader
 from arrowmoe.lora.manager import LoRAManager
 from arrowmoe.lora.plan import Plan
-from arrowmoe.lora.slots import LoadedLoRA
+from arrowmoe.lora.slots import LoadedLoRA, PreparedLoRA
 from arrowmoe.lora.tiers import Memory, Residence
 from arrowmoe.memory_monitor import MemoryGuard
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
+from registry.errors import UnknownCardError
 from registry.format import LoRAFormat
 from registry.store import Registry
 
@@ -58,19 +59,18 @@ class Adapters:
     def load(self, source: str | Path | LoRACard) -> str:
         """Load a card, a `.lora.arrow` file, or a card of the registry; its name, which then means this card."""
         card = self._card(source)
-        self.hold(card)
+        ready = self._prepared(card)
         with self._lock:
+            self._enter(card, ready)
             self._names[card.name] = card.digest
         return card.name
 
     def hold(self, card: LoRACard) -> LoadedLoRA:
         """Load a card that is asked for by its digest; what its name means stays as it is."""
-        loaded = self._hold(card)
-        self._cards[card.digest] = card
-        return loaded
+        return self._enter(card, self._prepared(card))
 
     def remove(self, name: str) -> bool:
-        """Take an adapter out, by name or digest; whether it was there."""
+        """Take an adapter out, by name or digest; whether it was there. What the registry has still comes back."""
         with self._lock:
             meant = {self._names.pop(name)} if name in self._names else self._called(name)
             self._names = {known: digest for known, digest in self._names.items() if digest not in meant}
@@ -105,8 +105,8 @@ class Adapters:
         A name given to `load` means that card; any other is asked of the registry each time, so that a new version is
         used as soon as it is published. Raises `UnknownAdapterError` and as `hold`.
         """
-        if name in self._names:
-            return self._names[name]
+        if (digest := self._names.get(name)) is not None:
+            return digest
         if name in self._manager:
             return name
         if self.registry is None:
@@ -116,7 +116,7 @@ class Adapters:
             )
         digest = self.registry.entry(name).digest
         if digest not in self._manager:
-            self._hold(self.registry.get(digest))
+            self._bring(self.registry, digest)
         return digest
 
     def plan(self, gates: Gates, *, after: Plan | None = None) -> Plan | None:
@@ -138,14 +138,33 @@ class Adapters:
         with self._lock, self._manager.running(self._manager.plan(gates, ready)):
             yield
 
-    def _hold(self, card: LoRACard) -> LoadedLoRA:
+    def _bring(self, registry: Registry, digest: str) -> None:
+        """Load a card of the registry; one that is removed from there meanwhile does not stay."""
+        card = registry.get(digest)
+        self._put(card, self._prepared(card))
+        try:
+            registry.entry(digest)
+        except UnknownCardError:
+            with self._lock:
+                if digest not in self._cards:
+                    self._manager.remove_card(digest)
+            raise
+
+    def _prepared(self, card: LoRACard) -> PreparedLoRA | None:
+        """A card's slots, made beside whatever is computed meanwhile; None if it is loaded."""
         self._check_base(card)
+        return None if card.digest in self._manager else self._manager.prepare(card)
+
+    def _put(self, card: LoRACard, ready: PreparedLoRA | None) -> LoadedLoRA:
         with self._lock:
-            if card.digest in self._manager:
-                return self._manager.apply_card(card)
-        ready = self._manager.prepare(card)  # beside whatever is computed meanwhile
+            return self._manager.apply_card(card) if ready is None else self._manager.put(ready)
+
+    def _enter(self, card: LoRACard, ready: PreparedLoRA | None) -> LoadedLoRA:
+        """Load a card that was given, and that nobody else could give again."""
         with self._lock:
-            return self._manager.put(ready)
+            loaded = self._put(card, ready)
+            self._cards[card.digest] = card
+            return loaded
 
     def _called(self, name: str) -> set[str]:
         """Digests of the loaded adapters of that name, or with that digest."""

@@ -301,6 +301,7 @@ class Batching:
         return [*self._newcomers, *(row for batch in batches for row in batch.live)]
 
     def _fail(self, rows: Iterable[Row], error: Exception) -> None:
+        _forget_frames(error)
         for row in rows:
             if not row.request.is_over:
                 row.request.error = error
@@ -313,6 +314,13 @@ def _without_those_over(batch: Batch | None) -> Batch | None:
             if row.request.is_over:
                 batch.leave(row)
     return batch if batch is not None and batch.live else None
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Take their tracebacks from an error and its causes: the frames hold the batch, so whoever keeps it keeps that."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _overflow() -> EngineError:

@@ -341,7 +341,8 @@ class ArrowEngine:
             digests = {
                 name: self._adapters.digest(name) for name in dict.fromkeys(name for row in rows for name in row)
             }
-            names = {loaded.digest: loaded.name for loaded in self._adapters.loaded()}
+            names = {digest: name for name, digest in digests.items()}  # where it was removed since
+            names |= {loaded.digest: loaded.name for loaded in self._adapters.loaded()}
             gates = Gates.of([by_digest(row, digests) for row in rows], names)
         if len(gates) != len(texts):
             raise GateError(f"expected gates for {len(texts)} rows, got {len(gates)}")

@@ -22,6 +22,7 @@ from evolution.errors import JobError, SignalError
 from evolution.journal import DONE, FAILED, SCHEDULE, Journal
 from evolution.schedule import NightSchedule
 from evolution.signals import SignalStore
+from evolution.slow_cards import SlowCards
 from registry.store import Registry
 
 if TYPE_CHECKING:
@@ -108,6 +109,25 @@ def forget(registry: Registry, settings: Settings, *, files: bool) -> Json:
     return {"signals": signal_store(registry.database, settings.evolution).forget(), "jobs": len(directories)}
 
 
+def roll_back(registry: Registry, base: str | None) -> Json:
+    """Remove the newest slow card of `base`, by default of the only base that has one. Raises `JobError`."""
+    journal = Journal(registry.database)
+    if held := journal.held():
+        raise JobError(f"a night is under way: {held[0].key}", hint="`arrowmoe evolve status` tells how far it is")
+    cards = SlowCards(registry, journal)
+    bases = cards.bases() if base is None else [base]
+    if len(bases) != 1:
+        raise JobError(f"expected one base with a slow card, got {', '.join(bases) or 'none'}", hint="name the base")
+    top = cards.take_back(bases[0], "its owner took it back")
+    below = cards.of(bases[0]).layers
+    return {
+        "base": bases[0],
+        "removed": top.label,
+        "expert": top.expert.name,
+        "restored": below[-1].label if below else None,
+    }
+
+
 def _request(store: SignalStore, settings: Settings, ref: str | None) -> str:
     if ref is None:
         last = store.recent(1)
@@ -189,4 +209,4 @@ def _telling(journal: Journal, progress: Progress) -> Iterator[None]:
         thread.join()
 
 
-__all__ = ["evolution_here", "feedback", "forget", "run", "set_schedule"]
+__all__ = ["evolution_here", "feedback", "forget", "roll_back", "run", "set_schedule"]

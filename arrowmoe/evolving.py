@@ -34,6 +34,7 @@ from evolution.gate import Bars
 from evolution.journal import SCHEDULE, Journal
 from evolution.protocols import Example, Routes, Students, Teacher
 from evolution.schedule import POLL_S, NightSchedule, NightWatch
+from evolution.seasoning import Seasoner, Seasoning
 from evolution.skill_distiller import Recipe, SkillDistiller
 from evolution.skill_factory import Nightly, NightReport, SkillFactory
 from evolution.survey import Fetch, Surveying, Surveyor
@@ -86,6 +87,7 @@ class Evolution:
             fetch=fetch,
             surveying=surveying or _surveying(settings),
         )
+        recipe = recipe or recipe_of(settings)
         distiller = SkillDistiller(
             registry,
             self.journal,
@@ -95,7 +97,17 @@ class Evolution:
             routes=routes,
             executor=executor or LocalProcess(TRAIN, memory_bytes=memory_bytes),
             models=models,
-            recipe=recipe or recipe_of(settings),
+            recipe=recipe,
+        )
+        seasoner = Seasoner(
+            registry,
+            self.journal,
+            self.signals,
+            students,
+            routes,
+            recipe=recipe,
+            seasoning=Seasoning(days=settings.consolidate_after_days, rank=settings.slow_rank),
+            now=now,
         )
         self.factory = SkillFactory(
             self.journal,
@@ -104,6 +116,7 @@ class Evolution:
             self.surveyor,
             distiller,
             withdrawer=Withdrawer(registry, self.journal, self.signals),
+            seasoner=seasoner,
             nightly=Nightly(most_experts=settings.most_experts, window_s=settings.window_hours * 3600),
             begin_budget=teacher.begin if isinstance(teacher, NightlyTeacher) else lambda account: None,
         )

@@ -37,6 +37,12 @@ def consolidate(output: Path, task: str, how: Json) -> Json:
     return asdict(NestedTrainer(experiment, *_loaded(experiment)).consolidate(task, spec))
 
 
+def roll_back(output: Path) -> Json:
+    """Undo the last consolidation; which task's it was. Raises `TrainingError`."""
+    experiment = NestedExperiment.of(output)
+    return {"task": NestedTrainer(experiment, *_loaded(experiment)).roll_back(), "output": str(experiment.output)}
+
+
 def evaluate(output: Path) -> list[Json]:
     """Ask every task's test again. Raises `TrainingError`."""
     experiment = NestedExperiment.of(output)
@@ -87,4 +93,4 @@ def _loaded(experiment: NestedExperiment) -> tuple[Any, Any]:
     return base.model, base.tokenizer
 
 
-__all__ = ["consolidate", "evaluate", "export", "train"]
+__all__ = ["consolidate", "evaluate", "export", "roll_back", "train"]

@@ -45,7 +45,12 @@ class Request:
         if self.chunks:
             return self.chunks.popleft()
         if self.error is not None:
-            raise self.error
+            self.closed = True
+            error, self.error = self.error, None
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame
         return None
 
 

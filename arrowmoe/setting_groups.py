@@ -114,6 +114,10 @@ class EvolutionSettings(BaseModel):
         default=150, ge=60, description="questions on other matters that an expert is examined with, at most"
     )
     alpha: float = Field(default=0.05, gt=0, lt=1, description="share of published experts that may be idle")
+    consolidate_after_days: float = Field(
+        default=0.0, ge=0, description="days that an expert stands before it goes into the slow card too; 0: never"
+    )
+    slow_rank: int = Field(default=64, ge=1, le=1024, description="most rank of the slow card")
 
 
 class TrustSettings(BaseModel):

@@ -63,7 +63,7 @@ class Consolidation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class LayerCut:
     """What a consolidation made of one layer's slow pair: Frobenius norms of scaling · B A, and of what was cut."""
 
     rank_joined: int
@@ -94,7 +94,7 @@ class Consolidated:
     """What a consolidation did, by layer, and both pairs of before."""
 
     task: int
-    cuts: Mapping[str, Cut]
+    cuts: Mapping[str, LayerCut]
     slow_before: Mapping[str, Factors]
     fast_before: Mapping[str, Factors]
 
@@ -121,7 +121,7 @@ def consolidate(nested: NestedLoRA, task: int, how: Consolidation | None = None)
     nested.reset(task, left=how.left)
     scale = abs(nested.scaling)
     cuts = {
-        path: Cut(
+        path: LayerCut(
             rank_joined=len(joined[path][0]),
             rank=len(one.a),
             norm=scale * one.norm,
@@ -172,7 +172,7 @@ def truncate(a: Tensor, b: Tensor, cut: low_rank.Cut) -> Truncated:
 __all__ = [
     "Consolidated",
     "Consolidation",
-    "Cut",
+    "LayerCut",
     "Truncated",
     "consolidate",
     "join",

@@ -9,7 +9,6 @@ modules and the card.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -101,7 +100,10 @@ class LoRAExtractor:
         whole = _whole(others, pairs.keys(), layout)
         card = LoRACard.build(
             name=name,
-            adapter=_spec({module: one.rank for module, one in kept.items()}, layout),
+            adapter=AdapterSpec.of_ranks(
+                {module: one.rank for module, one in kept.items()},
+                fan_in_fan_out=any(layout.linear[module] for module in kept),
+            ),
             tensors=[*tensors, *_fulls(whole, tuned)],
             base_name=base_name,
             base_architecture=layout.architecture,
@@ -235,20 +237,6 @@ def _whole(others: Iterable[Change], targets: Iterable[str], layout: ModelLayout
             )
         kept |= {name: name for name in inside}
     return kept | {alias: source for alias, source in layout.tied.items() if source in kept}
-
-
-def _spec(ranks: Mapping[str, int], layout: ModelLayout) -> AdapterSpec:
-    """Each module at its own rank, with alpha = rank, so that the scaling is 1."""
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    odd = {module: rank for module, rank in ranks.items() if rank != usual}
-    return AdapterSpec(
-        rank=usual,
-        alpha=float(usual),
-        rank_pattern=odd,
-        alpha_pattern={module: float(rank) for module, rank in odd.items()},
-        target_modules=tuple(sorted(ranks)),
-        fan_in_fan_out=any(layout.linear[module] for module in ranks),
-    )
 
 
 def _kept(found: Approximation) -> Kept:

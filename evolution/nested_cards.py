@@ -6,8 +6,6 @@ one at 1 and a fast one at whatever its router gives. Weights go over as the fp3
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -34,7 +32,7 @@ def card_of(nested: NestedLoRA, part: Part, *, name: str, **about: Any) -> LoRAC
     training = {**about.pop("training", {}), "nested": {"part": part, "tasks": nested.tasks}}
     return LoRACard.build(
         name=name,
-        adapter=_spec_of({path: len(a) for path, (a, _) in pairs.items()}, nested.scaling),
+        adapter=AdapterSpec.of_ranks({path: len(a) for path, (a, _) in pairs.items()}, scaling=nested.scaling),
         tensors=[tensor for path, pair in pairs.items() for tensor in _tensors_of(path, pair)],
         base_architecture=about.pop("base_architecture", type(nested.model).__name__),
         training=training,
@@ -66,19 +64,6 @@ def _factors_of(nested: NestedLoRA, layer: NestedLoRALinear, part: Part) -> Fact
         return layer.slow.factors()
     share = 1 / nested.tasks if part == "mean" else 1.0
     return join([(layer.slow.factors(), 1.0), *((pair.factors(), share) for pair in layer.fast)])
-
-
-def _spec_of(ranks: Mapping[str, int], scaling: float) -> AdapterSpec:
-    """The commonest rank is the card's, others are patterns; alpha follows, so that the scaling is the same at all."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: other for path, other in ranks.items() if other != rank}
-    return AdapterSpec(
-        rank=rank,
-        alpha=scaling * rank,
-        rank_pattern=others,
-        alpha_pattern={path: scaling * other for path, other in others.items()},
-        target_modules=tuple(sorted(ranks)),
-    )
 
 
 def _tensors_of(path: str, pair: Factors) -> list[Tensor]:

@@ -22,6 +22,7 @@ from evolution.nested_state import WEIGHTS, NestedState
 from evolution.nested_subjects import Images, Scored, Subject, Texts
 
 ROWS_AT_ONCE: Final = 64
+_FAST_SEEDS: Final = 0x5EED0000  # the CPU generator heeds 32 bits
 
 
 class NestedModel:
@@ -60,7 +61,8 @@ class NestedModel:
         """The free pair, which changes nothing yet; from now on it is the task's."""
         pair = self.free_pair
         self.nested.grow(pair + 1)
-        generator = torch.Generator().manual_seed(seed)
+        # Slow pairs drew theirs from a seed of the same kind: two of one A would have one rank between them.
+        generator = torch.Generator().manual_seed(seed + _FAST_SEEDS)
         for layer in self.nested.layers.values():
             layer.fast[pair].become(*LowRank.fresh(layer.base, self.nested.rank, generator).factors())
         self.hold(pair, task)
@@ -86,11 +88,21 @@ class NestedModel:
 
     def save(self, experiment: NestedExperiment) -> None:
         """Keep weights and state, whole or not at all."""
-        Checkpoint(tensors=self._tensors(), notes=asdict(self.state)).write(experiment.output / WEIGHTS)
+        self.checkpoint().write(experiment.output / WEIGHTS)
         self.state.write(experiment.output)
+
+    def checkpoint(self) -> Checkpoint:
+        """Weights and state as they are now."""
+        return Checkpoint(tensors=self._tensors(), notes=asdict(self.state))
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take the weights that `save` kept, in the state that was given."""
+        self.restore_pairs(tensors)
+        if isinstance(self.subject, Images):
+            self.subject.restore(self.state.classes, tensors.get("head", {}))
+
+    def restore_pairs(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take slow and fast pairs only."""
         nested = self.nested
         nested.grow(len(self.state.held))
         for path, layer in nested.layers.items():
@@ -99,8 +111,6 @@ class NestedModel:
             pairs += [(layer.fast[number], "fast", f"{number}.{path}") for number in self._used]
             for pair, group, name in pairs:
                 pair.become(*(tensors[group][f"{name}.{factor}"].to(device) for factor in "ab"))
-        if isinstance(self.subject, Images):
-            self.subject.restore(self.state.classes, tensors.get("head", {}))
 
     @torch.no_grad()
     def _scored(self, rows: Sequence[Any], task: int | None = None) -> Iterator[Scored]:
@@ -135,7 +145,7 @@ def opened(experiment: NestedExperiment, model: Any, tokenizer: Any = None) -> I
     """
     path = experiment.output / WEIGHTS
     kept = read_checkpoint(path)
-    state = NestedState(experiment=experiment.fingerprint()) if kept is None else _state_of(kept.notes)
+    state = NestedState(experiment=experiment.fingerprint()) if kept is None else state_of(kept.notes)
     _check(experiment, state)
     with ExitStack() as stack:
         subject = _subject(experiment, model, tokenizer, stack)
@@ -147,7 +157,8 @@ def opened(experiment: NestedExperiment, model: Any, tokenizer: Any = None) -> I
         yield opened_model
 
 
-def _state_of(notes: Mapping[str, Any]) -> NestedState:
+def state_of(notes: Mapping[str, Any]) -> NestedState:
+    """The state in the notes of a checkpoint. Raises `TrainingError`."""
     try:
         return NestedState.of(notes)
     except (KeyError, TypeError, ValueError) as error:
@@ -180,4 +191,4 @@ def _named(name: str, pair: LowRank) -> dict[str, Tensor]:
     return {f"{name}.{factor}": tensor.cpu() for factor, tensor in zip("ab", pair.factors(), strict=True)}
 
 
-__all__ = ["NestedModel", "opened"]
+__all__ = ["NestedModel", "opened", "state_of"]

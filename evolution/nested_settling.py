@@ -10,6 +10,7 @@ from evolution.errors import TrainingError
 from evolution.nested_experiment import ConsolidationSpec, NestedExperiment
 from evolution.nested_model import NestedModel
 from evolution.nested_state import Settled
+from evolution.nested_undo import keep_before
 from evolution.replay_buffer import Item
 from registry.logs import get_logger
 
@@ -19,19 +20,22 @@ log = get_logger(__name__)
 def settle(experiment: NestedExperiment, learnt: NestedModel, task: int, spec: ConsolidationSpec) -> Settled:
     """Consolidate the fast pair of `task`, and look at that task and all before it; the pair is free if it is empty.
 
-    Raises `TrainingError` for a task that has no pair of its own.
+    What was there before stays on disk (`evolution.nested_undo`). Raises `TrainingError` for a task that has no pair of
+    its own.
     """
     pair = learnt.state.pair_of(task)
     if pair is None:
         raise TrainingError(f"expected a task with a fast pair, got {experiment.tasks[task].name!r}, which has none")
     looked_at = {} if spec.tolerance is None else _looked_at(experiment, learnt, task)
-    before = _mean_right(experiment, learnt, looked_at)
+    before, was = _mean_right(experiment, learnt, looked_at), learnt.checkpoint()
     done = consolidate(learnt.nested, pair, Consolidation(**spec.model_dump(exclude={"tolerance"})))
     if not spec.left:
         learnt.hold(pair, None)
     after = _mean_right(experiment, learnt, looked_at)
     kept = before is None or after is None or before - after <= (spec.tolerance or 0.0)
-    if not kept:
+    if kept:
+        keep_before(experiment.output, task, was)
+    else:
         roll_back(learnt.nested, done)
         learnt.hold(pair, task)
         name = experiment.tasks[task].name

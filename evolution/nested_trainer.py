@@ -33,6 +33,7 @@ from evolution.nested_model import NestedModel, opened
 from evolution.nested_settling import replayed_rows, settle
 from evolution.nested_state import NestedState, Settled, TaskReport
 from evolution.nested_subjects import Images
+from evolution.nested_undo import forget_before, undo
 from evolution.replay_buffer import Item, refreshed
 from evolution.training_job import OnStep, Step
 from registry.digest import Digest
@@ -77,6 +78,27 @@ class NestedTrainer:
             learnt.save(experiment)
             return settled
 
+    def roll_back(self) -> str:
+        """Undo the last consolidation, bit for bit, and ask the tests again; the name of its task.
+
+        Raises `TrainingError` where there was none, or where another task was learnt since.
+        """
+        experiment = self._experiment
+        with opened(experiment, self._model, self._tokenizer) as learnt:
+            task = undo(experiment.output, learnt)
+            state, (untold, told) = learnt.state, _judged(experiment, learnt)
+            tasks = [*state.tasks]
+            if (settled := tasks[task].consolidation) is not None:
+                tasks[task] = replace(tasks[task], consolidation=replace(settled, kept=False))
+            learnt.state = replace(
+                state, tasks=tuple(tasks), untold=(*state.untold[:-1], untold), told=(*state.told[:-1], told)
+            )
+            # A task under way stands on the slow pairs of before.
+            forget(_directory(experiment, len(tasks)))
+            learnt.save(experiment)
+        forget_before(experiment.output)
+        return experiment.tasks[task].name
+
 
 class _Task:
     def __init__(self, experiment: NestedExperiment, learnt: NestedModel, number: int) -> None:
@@ -95,10 +117,10 @@ class _Task:
         done = self._descend(pair, replay, on_step)
         learnt.state = replace(learnt.state, replay=self._refreshed(), classes=self._classes())
         settled = self._settled(pair)
-        untold, told = self._judged()
+        learnt.state = replace(learnt.state, tasks=(*learnt.state.tasks, self._report(done, settled)))
+        untold, told = _judged(self._experiment, learnt)
         learnt.state = replace(
             learnt.state,
-            tasks=(*learnt.state.tasks, self._report(done, settled)),
             untold=(*learnt.state.untold, untold),
             told=(*learnt.state.told, told),
         )
@@ -175,11 +197,6 @@ class _Task:
             self._learnt.hold(pair, None)
         return None
 
-    def _judged(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        learnt, tasks = self._learnt, self._experiment.tasks[: self._number + 1]
-        shares = [learnt.right(learnt.subject.read(task.test_url), number) for number, task in enumerate(tasks)]
-        return tuple(untold for untold, _ in shares), tuple(told for _, told in shares)
-
     def _classes(self) -> tuple[tuple[int, ...], ...]:
         subject = self._learnt.subject
         return tuple(subject.classes) if isinstance(subject, Images) else ()
@@ -214,6 +231,13 @@ class _Identity:
                 f"expected {path.name} of this experiment and task, got one of another, so training cannot go on",
                 hint=f"delete {path.parent} to begin the task again",
             )
+
+
+def _judged(experiment: NestedExperiment, learnt: NestedModel) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The share of each learnt task's test that is right: with no task named, and with it."""
+    tasks = experiment.tasks[: len(learnt.state.tasks)]
+    shares = [learnt.right(learnt.subject.read(task.test_url), number) for number, task in enumerate(tasks)]
+    return tuple(untold for untold, _ in shares), tuple(told for _, told in shares)
 
 
 def _directory(experiment: NestedExperiment, number: int) -> Path:

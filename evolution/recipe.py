@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from evolution.anchors import anchors
 from evolution.errors import JobError
 from evolution.examples import Limits
 from evolution.gate import Bars
-from evolution.protocols import Example
+from evolution.protocols import Example, Kind
 from evolution.training_job import FineTuning, Targets
 
 _ENCODER: Final = FineTuning(targets=("query", "value"), learning_rate=5e-4, steps=60, batch_size=32)
@@ -55,6 +56,12 @@ class Recipe:
             raise JobError(f"expected a recipe's targets to be mlp, all or hot, got modules {self.tuning.targets}")
         if self.targets == "hot" and min(self.replay_share, self.more_replay) <= 0:
             raise JobError("expected replay with hot targets, got none, so nothing says what is forgotten")
+
+    def anchors_of(self, kind: Kind) -> Mapping[str, tuple[Example, ...]]:
+        """What an expert for a base of this kind must not unlearn, by name."""
+        if kind == "encoder":
+            return self.encoder_anchors
+        return anchors() if self.anchors is None else self.anchors
 
 
 __all__ = ["Recipe"]

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from evolution.anchors import anchors, general_texts, replay
+from evolution.anchors import general_texts, replay
 from evolution.combiner import refit
 from evolution.errors import JobError
-from evolution.evaluation import Exam, Examiner
+from evolution.evaluation import Examiner
 from evolution.examples import normalised, read_examples, sieved, split, write_examples
 from evolution.executors import Cancelled, Executor
 from evolution.gate import AlphaSpending, judge
@@ -39,6 +39,7 @@ from evolution.training_job import (
     Validation,
     read_trained,
 )
+from evolution.workspace import Workspace, exam_of
 from registry.card import LoRACard
 from registry.errors import LabelTakenError
 from registry.files import written_whole
@@ -50,32 +51,6 @@ STAGES: Final = ("teach", "train", "examine", "publish")
 ASKED_AT_ONCE: Final = 64
 
 log = get_logger(__name__)
-
-
-class Workspace:
-    """The files of one job; a second training has a second round's."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.taught = directory / "taught.jsonl"
-        self.training = directory / "training.jsonl"
-        self.validation = directory / "validation.jsonl"
-        self.held_out = directory / "held-out.jsonl"
-        self.replay = directory / "replay.jsonl"
-        self.verdict = directory / "verdict.json"
-        self.candidate = directory / "candidate.lora.arrow"
-
-    def job(self, round_: int) -> Path:
-        """The training's job file."""
-        return self.directory / f"job-{round_}.json"
-
-    def ruling(self, round_: int) -> Path:
-        """What the exam of that training led to."""
-        return self.directory / f"ruling-{round_}.json"
-
-    def output(self, round_: int) -> Path:
-        """The training's output directory."""
-        return self.directory / f"trained-{round_}"
 
 
 class RejectedError(JobError):
@@ -104,7 +79,7 @@ class SkillDistiller:
 
     def grow(self, job: Job, *, deadline_s: float | None = None, cancelled: Cancelled | None = None) -> Job:
         """Carry a job through its remaining stages; returns it done. Raises what a stage raises, resumably."""
-        gap, work = self._journal.gap(int(job.spec["gap"])), self._workspace(job)
+        gap, work = self._journal.gap(int(job.spec["gap"])), Workspace.of(self._registry.home, job.id).make()
         steps: dict[str, Callable[[Job], Mapping[str, Any]]] = {
             "teach": lambda job: self._teach(gap, work),
             "train": partial(self._train, work, deadline_s, cancelled),
@@ -241,7 +216,7 @@ class SkillDistiller:
         spending = self._spending(gap.base)
         bars = replace(self._recipe.bars, alpha=spending.tonight)
         with self._students.open(gap.base) as student:
-            examiner = Examiner(student, self._routes, self._exam(gap.base, work))
+            examiner = Examiner(student, self._routes, exam_of(work, student.kind, self._recipe))
             verdict = judge(examiner.measure(candidate), bars)
             result = repaired(partial(examiner.measure, candidate), verdict, bars)
         log.info("examined", gap=gap.name, step=result.step, scale=result.scale, reasons=result.verdict.reasons)
@@ -281,18 +256,6 @@ class SkillDistiller:
         sealed = set(held_out)
         return self._routes.describe(card, [one for one in prompts if one not in sealed], held_out)
 
-    def _exam(self, base: str, work: Workspace) -> Exam:
-        items = tuple(read_examples(work.held_out))
-        if self._is_encoder(base):
-            support = tuple(read_examples(work.training))
-            return Exam(items=items, anchors=self._anchors(base), support=support)
-        return Exam(
-            items=items,
-            anchors=self._anchors(base),
-            texts=general_texts(),
-            max_new_tokens=self._recipe.max_new_tokens,
-        )
-
     def _publish(self, gap: GapRecord, work: Workspace) -> Mapping[str, Any]:
         """Into the registry, from where federation and router take it."""
         card = LoRAFormat.load(work.candidate)
@@ -318,23 +281,13 @@ class SkillDistiller:
         noted = self._journal.note(f"alpha:{base}")
         return AlphaSpending(alpha=self._recipe.bars.alpha) if noted is None else AlphaSpending.from_json(noted)
 
-    def _anchors(self, base: str) -> Mapping[str, tuple[Example, ...]]:
-        if self._is_encoder(base):
-            return self._recipe.encoder_anchors
-        return anchors() if self._recipe.anchors is None else self._recipe.anchors
-
     def _sealed(self, base: str) -> tuple[Example, ...]:
         """What is neither asked nor trained on."""
-        anchors = (item for items in self._anchors(base).values() for item in items)
+        anchors = (item for items in self._recipe.anchors_of(self._students.kind(base)).values() for item in items)
         return (*self._recipe.sealed, *anchors, *general_texts())
 
     def _is_encoder(self, base: str) -> bool:
         return self._students.kind(base) == "encoder"
-
-    def _workspace(self, job: Job) -> Workspace:
-        directory = self._registry.home / "nights" / f"job-{job.id}"
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return Workspace(directory)
 
 
 def _provenance(trained: Trained, spec: TrainingJob, teacher: str, gap: GapRecord) -> dict[str, Any]:
@@ -375,4 +328,4 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
     draft.replace(path)
 
 
-__all__ = ["STAGES", "Recipe", "RejectedError", "SkillDistiller", "Workspace"]
+__all__ = ["STAGES", "Recipe", "RejectedError", "SkillDistiller"]

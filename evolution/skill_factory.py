@@ -1,6 +1,6 @@
 """The night: survey every base, grow an expert for the gaps that are worth most, and say what came of it.
 
-    survey the signals of each base → grow the gaps, the most worth first → report
+    survey the signals of each base → grow the gaps, the most worth first → consolidate what has stood → report
 
 The work is jobs in the journal, so a night that was killed goes on at the next start, where it stood, and what a night
 had no time or budget for goes on in the next. Bases rotate: the jobs of one are done before those of the next, so that
@@ -20,6 +20,7 @@ from evolution.errors import BudgetSpentError, JobError
 from evolution.executors import Cancelled
 from evolution.journal import DONE, FAILED, Job, Journal
 from evolution.protocols import Students
+from evolution.seasoning import Seasoner
 from evolution.signals import SignalStore
 from evolution.skill_distiller import STAGES, SkillDistiller
 from evolution.survey import FAILED as GAP_FAILED
@@ -28,7 +29,7 @@ from evolution.withdrawal import Withdrawer
 from registry.errors import ArrowMoEError
 from registry.logs import get_logger
 
-SURVEY, GROW = "survey", "grow"
+SURVEY, GROW, CONSOLIDATE = "survey", "grow", "consolidate"
 NIGHTS: Final = "night-"
 OVER: Final = (DONE, FAILED)
 CANCELLED, WINDOW_OVER, BUDGET_SPENT = "it was told to end", "the night's window is over", "the budget was spent"
@@ -63,12 +64,19 @@ class NightReport:
         failed = {job.key: job.outcome.get("error") for job in self.jobs if job.state == FAILED}
         return {
             "published": published,
+            "consolidated": self._said("consolidated"),
+            "not_consolidated": self._said("not_consolidated"),
+            "taken_back": [label for job in self.jobs for label in job.outcome.get("taken_back", ())],
             "rejected": rejected,
             "failed": failed,
             "unfinished": [job.key for job in self.jobs if job.state not in OVER],
             "seconds": round(self.seconds, 1),
             "error": self.error,
         }
+
+    def _said(self, key: str) -> dict[str, str]:
+        """By expert, what the jobs that consolidate have said."""
+        return {name: said for job in self.jobs for name, said in job.outcome.get(key, {}).items()}
 
 
 class SkillFactory:
@@ -83,12 +91,14 @@ class SkillFactory:
         distiller: SkillDistiller,
         *,
         withdrawer: Withdrawer | None = None,
+        seasoner: Seasoner | None = None,
         nightly: Nightly | None = None,
         begin_budget: Callable[[str], object] = lambda account: None,
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._journal, self._signals, self._students = journal, signals, students
-        self._surveyor, self._distiller, self._withdrawer = surveyor, distiller, withdrawer
+        self._surveyor, self._distiller = surveyor, distiller
+        self._withdrawer, self._seasoner = withdrawer, seasoner
         self._nightly, self._begin_budget, self._monotonic_s = nightly or Nightly(), begin_budget, monotonic_s
 
     def night(self, planned_at: datetime, *, cancelled: Cancelled | None = None) -> NightReport | None:
@@ -158,6 +168,8 @@ class SkillFactory:
         try:
             if job.kind == SURVEY:
                 self._survey(job, night)
+            elif job.kind == CONSOLIDATE:
+                self._consolidate(job)
             else:
                 self._distiller.grow(job, deadline_s=left_s, cancelled=cancelled)
         except BudgetSpentError as error:  # tomorrow has another budget
@@ -199,8 +211,15 @@ class SkillFactory:
                 else:
                     self._journal.settle_gap(gap.id, OPEN, f"{gap.why}; other gaps came first tonight")
                     self._signals.release(gap.id)
+            if self._seasoner is not None and self._seasoner.has_work(job.base):
+                self._journal.enqueue(f"{_prefix(night)}{CONSOLIDATE}/{job.base}", CONSOLIDATE, job.base, spec={})
             states = Counter(gap.state for gap in gaps)
             self._journal.finish(job, gaps=dict(states), withdrawn=list(withdrawn))
+
+    def _consolidate(self, job: Job) -> None:
+        """After what is grown, for it is the least urgent."""
+        with self._journal.renewing(job):
+            self._journal.finish(job, **({} if self._seasoner is None else self._seasoner.season(job)))
 
     def _lapse(self, base: str, night: int) -> int:
         """Let go of open gaps that nothing grows: they are surveyed anew. How many experts are or were tonight's."""

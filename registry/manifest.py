@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import isfinite, sqrt
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import (
     AwareDatetime,
@@ -113,6 +113,20 @@ class AdapterSpec(_Value):
     target_modules: ModulePaths
     embeddings: ModulePaths = ()
     fan_in_fan_out: bool = False
+
+    @classmethod
+    def of_ranks(cls, ranks: Mapping[str, int], *, scaling: float = 1.0, **others: Any) -> Self:
+        """Modules of ranks of their own and one scaling: the commonest rank is the card's, alpha follows the rank."""
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        odd = {module: own for module, own in ranks.items() if own != rank}
+        return cls(
+            rank=rank,
+            alpha=scaling * rank,
+            rank_pattern=odd,
+            alpha_pattern={module: scaling * own for module, own in odd.items()},
+            target_modules=tuple(sorted(ranks)),
+            **others,
+        )
 
     def rank_of(self, module: str) -> int:
         """The rank at `module`."""

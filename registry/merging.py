@@ -65,13 +65,18 @@ class Merge:
         if (self.density is not None) != (self.method in _DENSE_METHODS):
             wanted = "a density" if self.method in _DENSE_METHODS else "no density"
             raise MergeError(f"expected {wanted} for {self.method}, got {self.density}")
-        if self.rank is not None and self.rank < 1:
-            raise MergeError(f"expected a rank of at least 1, got {self.rank}")
         if self.seed < 0:
             raise MergeError(f"expected a seed of at least 0, got {self.seed}")
-        for name, share in (("energy", self.energy), ("density", self.density)):
-            if share is not None and not 0 < share <= 1:
-                raise MergeError(f"expected {name} above 0 and at most 1, got {share}")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise MergeError(f"expected density above 0 and at most 1, got {self.density}")
+        try:
+            self.cut()
+        except ValueError as error:
+            raise MergeError(str(error)) from error
+
+    def cut(self) -> Cut:
+        """Where the sum is cut off."""
+        return Cut(rank=self.rank, energy=self.energy)
 
 
 def merge(shares: Shares, how: Merge, *, name: str, **about: Any) -> LoRACard:
@@ -179,7 +184,7 @@ def _merged(shares: Shares, how: Merge, module: str, place: int) -> Approximatio
 def _combined(shares: Shares, how: Merge, module: str, place: int) -> Approximation:
     of_module = [(row, share) for row, share in enumerate(shares) if module in share[0].modules]
     terms = [_term(card, weight, module) for _, (card, weight) in of_module]
-    cut, density = Cut(rank=how.rank, energy=how.energy), how.density or 1.0
+    density = how.density or 1.0
     if how.method in _DENSE_METHODS:
         _check_size(module, terms[0].shape, how.method)
     match how.method:
@@ -188,12 +193,12 @@ def _combined(shares: Shares, how: Merge, module: str, place: int) -> Approximat
         case "linear":
             return merge_rules.add_factors(terms)
         case "svd":
-            return reduce(terms, cut)
+            return reduce(terms, how.cut())
         case "ties":
-            return merge_rules.ties(terms, density, cut)
+            return merge_rules.ties(terms, density, how.cut())
         case "dare":
             generators = [np.random.default_rng([how.seed, place, row]) for row, _ in of_module]
-            return merge_rules.dare(terms, density, cut, generators)
+            return merge_rules.dare(terms, density, how.cut(), generators)
 
 
 def _term(card: LoRACard, weight: float, module: str) -> Term:
@@ -214,16 +219,10 @@ def _check_size(module: str, shape: tuple[int, int], method: str) -> None:
 
 
 def _adapter(cards: Iterable[LoRACard], ranks: Mapping[str, int]) -> AdapterSpec:
-    """Alpha equals the rank everywhere, so every scaling is 1: weights and scalings lie in the tensors."""
+    """Every scaling is 1: weights and scalings lie in the tensors."""
     specs = [card.manifest.adapter for card in cards]
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    others = {module: rank for module, rank in ranks.items() if rank != usual}
-    return AdapterSpec(
-        rank=usual,
-        alpha=float(usual),
-        rank_pattern=others,
-        alpha_pattern={module: float(rank) for module, rank in others.items()},
-        target_modules=tuple(ranks),
+    return AdapterSpec.of_ranks(
+        ranks,
         embeddings=tuple(sorted({module for spec in specs for module in spec.embeddings})),
         # PEFT sets it right for each module; it says how the base stores its weights, and changes no tensor of a card.
         fan_in_fan_out=any(spec.fan_in_fan_out for spec in specs),

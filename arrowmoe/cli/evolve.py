@@ -237,6 +237,28 @@ def forget(
     invocation.out.result(done, human, quiet=[done["signals"]])
 
 
+@app.command()
+def rollback(
+    context: typer.Context,
+    base: Annotated[
+        str | None,
+        typer.Argument(metavar="[BASE]", help="Logical name; default: the only base with a slow card."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Take back the last expert that went into a base's slow card: the slow card before it is used again."""
+    invocation = app_of(context)
+    invocation.confirm(f"remove the newest slow card of {base or 'the base that has one'}, here and at peers", yes=yes)
+    with invocation.registry() as registry:
+        done = arrowmoe.evolution_commands.roll_back(registry, base)
+
+    def human() -> None:
+        invocation.out.line(f"removed {done['removed']}; {done['expert']} is a card of its own, as before")
+        invocation.out.fields([("in use again", done["restored"])])
+
+    invocation.out.result(done, human, quiet=[done["restored"] or ""])
+
+
 def _run_here(invocation: App, params: Mapping[str, Any], advance: Advance) -> Any:
     """A night in this process; a dry run needs the embedder only."""
     bases = () if params.get("dry_run") else invocation.settings.bases or (DEFAULT_BASE,)

@@ -83,6 +83,16 @@ def consolidate(
 
 
 @app.command()
+def rollback(context: typer.Context, directory: Directory) -> None:
+    """Undo the last consolidation, bit for bit; only before another task is learnt."""
+    invocation = app_of(context)
+    with invocation.out.progress("rolling back"):
+        found = arrowmoe.nested_training.roll_back(directory)
+    said = f"{found['task']} has a fast LoRA of its own again"
+    invocation.out.result(found, lambda: invocation.out.line(said), quiet=[found["task"]])
+
+
+@app.command()
 def export(
     context: typer.Context,
     directory: Directory,
@@ -109,7 +119,7 @@ def _show(out: Output, found: Mapping[str, Any]) -> None:
         out.fields([(name, f"{value:.3f}") for name, value in found["measures"].get(way, {}).items()])
     for one in found["tasks"]:
         if one["consolidation"] is not None and not one["consolidation"]["kept"]:
-            out.line(f"{one['name']}: its consolidation cost too much, so it has a fast LoRA of its own")
+            out.line(f"{one['name']}: its consolidation was rolled back, so it has a fast LoRA of its own")
 
 
 def _shares(row: Sequence[float], count: int) -> list[str]:

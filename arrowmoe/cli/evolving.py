@@ -34,6 +34,9 @@ def show_night(out: Output, night: Mapping[str, Any]) -> None:
             ("found", ", ".join(f"{count} {state}" for state, count in night.get("found", {}).items())),
             ("withdrawn", ", ".join(night.get("withdrawn", ()))),
             ("published", ", ".join(night["published"])),
+            ("consolidated", ", ".join(f"{name} into {label}" for name, label in night["consolidated"].items())),
+            ("not consolidated", "\n".join(f"{name}: {why}" for name, why in night["not_consolidated"].items())),
+            ("taken back", ", ".join(night["taken_back"])),
         ]
     )
     for gap in night["gaps"]:

@@ -60,8 +60,8 @@ class Loader:
             self._ready = {digest: one for digest, one in self._ready.items() if digest in missing}
             self._failed.intersection_update(missing)
             if not self._is_working and self._next() is not None:
-                self._is_working = True
                 threading.Thread(target=self._work, name="arrowmoe-loader").start()
+                self._is_working = True
 
     def is_loading(self, adapters: Collection[str]) -> bool:
         """Whether one of `adapters`, which were asked for, is still to come."""

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
+from math import prod
 from weakref import WeakSet
 
 import torch
@@ -33,6 +34,7 @@ from arrowmoe.memory_monitor import MemoryGuard
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from registry.logs import get_logger
+from registry.tensor import Role
 
 log = get_logger(__name__)
 
@@ -100,8 +102,7 @@ class LoRAManager:
 
     def residences(self) -> list[Residence]:
         """Where every adapter is, those that are leaving last."""
-        self._sweep()
-        flying = self._in_flight()
+        flying = self._sweep()
         return [
             self._residence(known, flying[digest], leaving=leaving)
             for store, leaving in ((self._known, False), (self._leaving, True))
@@ -135,8 +136,7 @@ class LoRAManager:
         """
         refuse_full(card)
         if self._guard is not None:
-            size = sum(tensor.nbytes for tensor in card.manifest.tensors)
-            self._guard.check(f"card {card.name!r}", size, self._host.shrink)
+            self._guard.check(f"card {card.name!r}", self._slot_bytes(card), self._host.shrink)
         matched = match_modules(card, self._modules)
         with naming_memory(f"card {card.name!r}"):
             slots = {path: make_slot(card, name, self._modules[path], HOST) for name, path in matched.items()}
@@ -192,7 +192,7 @@ class LoRAManager:
     def keep(self, digest: str, *, pinned: bool | None = None, priority: int | None = None) -> None:
         """Pin an adapter to the device, or have those of lower `priority` leave before it. Raises as `plan`."""
         self._make_resident((digest,))
-        known = self._known[digest]
+        known = self._of(digest)
         known.pinned = known.pinned if pinned is None else pinned
         known.priority = known.priority if priority is None else priority
 
@@ -261,6 +261,11 @@ class LoRAManager:
         """Compute every forward pass inside with `gates`."""
         return self.running(self.plan(gates))
 
+    def _slot_bytes(self, card: LoRACard) -> int:
+        """About what its slots will take: they have the model's dtype, whatever the card's."""
+        elements = sum(prod(tensor.shape) for tensor in card.manifest.tensors if tensor.role is not Role.STATS)
+        return elements * next(self._model.parameters()).dtype.itemsize
+
     def _make_resident(self, adapters: Sequence[str], ready: Sequence[PreparedLoRA] = ()) -> None:
         """Bring all of `adapters` to the device, or say why not before one leaves for another."""
         self._sweep()
@@ -288,8 +293,7 @@ class LoRAManager:
         """Have others leave the device until all of `wanted` have room there, some of which may be there already."""
         if self._budget is None:
             return
-        self._sweep()
-        flying = self._in_flight()
+        flying = self._sweep()
         names = ", ".join(repr(known.entry.name) for known in wanted[:3]) + (", …" if len(wanted) > 3 else "")
         claims = [
             Claim(
@@ -323,11 +327,12 @@ class LoRAManager:
             del self._wrappers[path].slots[known.entry.digest]
         known.resident = False
 
-    def _sweep(self) -> None:
-        """Let go of what was removed and no batch uses any more, and of wrappers that no adapter is for."""
-        if not self._leaving:
-            return
-        flying = self._in_flight()
+    def _sweep(self) -> Counter[str]:
+        """Let go of what was removed and no batch uses any more, and of wrappers that no adapter is for.
+
+        Gives digest → how many plans use it. A plan may die at any moment: whoever decides goes by this one count.
+        """
+        flying = Counter(digest for plan in self._plans for digest in plan.adapters)
         for digest in [digest for digest in self._leaving if digest not in flying]:
             known = self._leaving.pop(digest)
             if known.resident:
@@ -335,6 +340,7 @@ class LoRAManager:
             for path in known.entry.modules:
                 if path in self._wrappers and not self._users[path] and not self._wrappers[path].slots:
                     self._model.set_submodule(path, self._wrappers.pop(path).base)
+        return flying
 
     def _of(self, digest: str) -> _Known:
         known = self._known.get(digest) or self._leaving.get(digest)
@@ -345,10 +351,6 @@ class LoRAManager:
 
     def _residents(self) -> list[_Known]:
         return [known for known in [*self._known.values(), *self._leaving.values()] if known.resident]
-
-    def _in_flight(self) -> Counter[str]:
-        """Digest → plans that live and use it."""
-        return Counter(digest for plan in self._plans for digest in plan.adapters)
 
     def _touch(self, known: _Known) -> None:
         known.uses, known.turn, known.used_at = known.uses + 1, next(self._turns), self._now()

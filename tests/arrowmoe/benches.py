@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -89,6 +91,16 @@ def make_again(model: PreTrainedModel) -> PreTrainedModel:
     again = type(model)(model.config).eval()
     again.load_state_dict(model.state_dict())
     return again
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """What goes within goes with its last reference."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def finished(stream: Iterator[Chunk]) -> Generation:

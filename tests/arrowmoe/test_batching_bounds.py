@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import logging
 import random
 import threading
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from arrowmoe.batching import Batching
 from arrowmoe.errors import BusyError, DeadlineError, EngineError, UnknownAdapterError
-from arrowmoe.generation import Sampling
+from arrowmoe.generation import Chunk, Sampling
 from arrowmoe.lora.manager import LoRAManager
-from tests.arrowmoe.benches import LONG, Bench, bench, finished
+from tests.arrowmoe.benches import LONG, Bench, bench, finished, no_collector
 
 
 def test_threads_that_give_up_are_late_or_come_too_many_at_once_leave_nothing_behind(tmp_path: Path) -> None:
@@ -236,5 +239,53 @@ def test_a_pass_that_breaks_is_an_error_for_its_rows_only_and_not_for_later_ones
     assert list(finished(found.stream("w30")).tokens) == found.alone("w30", None, 6)
 
 
+@pytest.fixture
+def unlogged(caplog: pytest.LogCaptureFixture) -> None:
+    """pytest keeps what is logged, and with it the traceback of an error."""
+    caplog.set_level(logging.CRITICAL)
+
+
+def test_what_failed_holds_no_memory_though_its_error_is_kept(tmp_path: Path, unlogged: None) -> None:
+    found = bench(path=tmp_path)
+    stream = found.stream(adapter=0, max_new_tokens=9)
+    next(stream)
+    hook = found.tiny.model.lm_head.register_forward_hook(_break)
+    with no_collector():
+        with pytest.raises(RuntimeError, match="broken") as kept:
+            list(stream)
+        hook.remove()
+        assert {one.in_flight for one in found.manager.residences()} == {0}
+    assert kept.value.__traceback__ is not None
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_a_request_that_failed_is_gone_with_its_error(tmp_path: Path, unlogged: None, reads_on: bool) -> None:
+    found = bench(path=tmp_path, rows=2)
+    with no_collector():
+        stream = found.stream(adapter=0, max_new_tokens=60)
+        other = found.stream(adapter=1, max_new_tokens=60)
+        next(stream)
+        next(other)
+        hook = found.tiny.model.lm_head.register_forward_hook(_break)
+        failed = [weakref.ref(one) for one in _errors_of(stream)]
+        hook.remove()
+        if reads_on:
+            _errors_of(other)
+        del other
+        assert [one() for one in failed] == [None]
+
+
+def _errors_of(stream: Iterator[Chunk]) -> list[Exception]:
+    try:
+        list(stream)
+    except RuntimeError as error:
+        return [error]
+    return []
+
+
+class _Broken(RuntimeError):
+    """One that can be referred to weakly."""
+
+
 def _break(*_: object) -> None:
-    raise RuntimeError("broken")
+    raise _Broken("broken")

@@ -124,6 +124,44 @@ def test_an_adapter_removed_under_a_stream_finishes_it_and_is_gone_then(tmp_path
     assert engine.memory().slots == 0
 
 
+def test_a_card_that_is_removed_while_a_request_loads_it_stays_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry.open(tmp_path / "home") as registry:
+        engine = bert_engine(registry)
+        registry.publish(card_for(engine, tmp_path, "one", seed=1))
+        read = registry.get
+
+        def read_and_lose(digest: str) -> LoRACard:
+            card = read(digest)
+            registry.remove(digest)
+            engine.remove_lora(digest)
+            return card
+
+        monkeypatch.setattr(registry, "get", read_and_lose)
+        with pytest.raises(UnknownCardError):
+            engine.encode_with_lora(TEXTS, adapter="one")
+        assert engine.list_loras() == []
+
+
+def test_an_adapter_that_is_removed_while_another_is_loaded_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry.open(tmp_path / "home") as registry:
+        engine = bert_engine(registry)
+        engine.load_lora(card_for(engine, tmp_path, "given", seed=1))
+        registry.publish(card_for(engine, tmp_path, "kept", seed=2))
+        read = registry.get
+
+        def remove_the_other(digest: str) -> LoRACard:
+            engine.remove_lora("given")
+            return read(digest)
+
+        monkeypatch.setattr(registry, "get", remove_the_other)
+        with pytest.raises(UnknownCardError):
+            engine.encode_with_lora(TEXTS, adapter={"given": 0.5, "kept": 0.5})
+
+
 def test_a_new_version_in_the_registry_is_used_at_once(tmp_path: Path) -> None:
     with Registry.open(tmp_path / "home") as registry:
         engine = bert_engine(registry)

@@ -83,6 +83,29 @@ def test_what_no_card_fits_is_learned_published_and_routed_to(
     assert evolution_commands.run(evolution, Settings(home=registry.home), {}, seen.append)["nights"][0]["gaps"] == []
 
 
+def test_an_expert_that_has_stood_answers_from_the_slow_card_as_well(
+    engine: ArrowEngine, registry: Registry, tiny_models: tuple[Path, Path]
+) -> None:
+    settings = EvolutionSettings(consolidate_after_days=1e-9, slow_rank=8)
+    evolution = evolution_of(engine, tiny_models[0], settings=settings)
+    ask_in_vain(evolution.signals, gold())
+    assert evolution.run() is not None
+    (night,) = evolution_commands.run(evolution, Settings(home=registry.home), {}, lambda done: None)["nights"]
+    assert night["not_consolidated"] == {}
+    [(expert, label)] = night["consolidated"].items()
+    slow = registry.get(label, verify=True)
+    assert slow.manifest.parents == (registry.get(expert).digest,)
+    assert slow.manifest.adapter.rank == registry.get(expert).manifest.adapter.rank
+    prompts = [one.prompt for one in gold(40)]
+    engine.load_lora(slow)
+    by_expert, by_slow = (engine.generate(prompts, adapter=name, max_new_tokens=1) for name in (expert, slow.name))
+    assert [made.text for made in by_slow] == [made.text for made in by_expert]
+    routed = engine.generate(prompts, adapter="auto", max_new_tokens=1)
+    assert {name for made in routed for name in made.adapters} <= {expert, slow.name}
+    evolution_commands.roll_back(registry, None)
+    assert [entry.name for entry in registry.list()] == [expert]
+
+
 @pytest.mark.parametrize("targets", ["mlp", "hot"])
 def test_a_card_says_where_it_was_adapted(
     engine: ArrowEngine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 from arrowmoe.engine import ArrowEngine
 from arrowmoe.errors import AdapterMemoryError
 from arrowmoe.memory_monitor import MemoryGuard, MemoryReading, read_memory
+from registry.quantising import quantise
 from tests.arrowmoe.tiny import card_for, llama_engine
 
 V1_NONE = 9223372036854771712
@@ -97,3 +99,13 @@ def test_an_engine_short_of_memory_refuses_new_cards_and_serves_on(tmp_path: Pat
     free[0] = 1 << 30
     engine.load_lora(card_for(engine, tmp_path, "two", seed=2))
     assert engine.generate(["w5 w9"], adapter="two", max_new_tokens=6)[0].text
+
+
+def test_a_packed_card_is_counted_as_what_it_takes_once_it_is_unpacked(tmp_path: Path) -> None:
+    card = quantise(card_for(llama_engine(), tmp_path, "one", seed=1), 4, name="packed")
+    roomy = llama_engine()
+    needed = roomy.hold(card).nbytes
+    for free, fits in ((1000 + needed - 1, False), (1000 + needed, True)):
+        engine = ArrowEngine(llama_engine().base, guard=MemoryGuard(1000, read=reading_of(free)))
+        with nullcontext() if fits else pytest.raises(AdapterMemoryError, match=f"expected {needed} bytes"):
+            engine.load_lora(card)

@@ -18,6 +18,7 @@ from evolution.executors import Cancelled
 from evolution.fakes import FakeRoutes, FakeStudent, FakeStudents, ScriptedTeacher
 from evolution.journal import Journal
 from evolution.protocols import Example, Teacher, Use
+from evolution.seasoning import Seasoner, Seasoning
 from evolution.signals import Signal, SignalPolicy, SignalStore
 from evolution.skill_distiller import Recipe, SkillDistiller
 from evolution.skill_factory import Nightly, SkillFactory
@@ -133,6 +134,7 @@ class Home:
     surveyor: Surveyor
     distiller: SkillDistiller
     factory: SkillFactory
+    seasoner: Seasoner
     students: FakeStudents
     training: FakeTraining
     clock: Clock
@@ -152,6 +154,13 @@ Make = Callable[..., Home]
 """`home_at` on one directory."""
 
 
+def answers(card: LoRACard | None, prompt: str) -> str:
+    """A card that has learnt the rule answers by it: its rank says so, which adds up in a slow card."""
+    if card is None:
+        return "who knows"
+    return rule(prompt) if card.manifest.adapter.rank >= KNOWS else "something else"
+
+
 def home_at(
     directory: Path,
     adapters: Path,
@@ -167,16 +176,16 @@ def home_at(
     begin_budget: Callable[[str], object] = lambda account: None,
     drift_nats: float = 0.0,
     bases: Sequence[str] = (BASE,),
+    seasoning: Seasoning | None = None,
+    says: Callable[[LoRACard | None, str], str] = answers,
 ) -> Home:
     """A home in `directory`, opened again if it is there; close its registry."""
     clock = clock or Clock()
     registry = Registry.open(directory)
 
     def knows(prompt: str, use: Use | None) -> str:
-        if use is None:
-            return "who knows"
-        card = use.card if isinstance(use.card, LoRACard) else registry.get(use.card)
-        return rule(prompt) if card.manifest.adapter.rank == KNOWS else "something else"
+        given = None if use is None else use.card
+        return says(registry.get(given) if isinstance(given, str) else given, prompt)
 
     journal = Journal(registry.database, now=clock.now)
     signals = SignalStore(registry.database, policy=SignalPolicy(), now=clock.now)
@@ -197,6 +206,16 @@ def home_at(
         models=lambda base: ModelSpec(model="tiny", name=base, device="cpu"),
         recipe=replace(recipe or Recipe(), most_examples=min(100, (recipe or Recipe()).most_examples)),
     )
+    seasoner = Seasoner(
+        registry,
+        journal,
+        signals,
+        students,
+        routes,
+        recipe=recipe,
+        seasoning=seasoning or Seasoning(days=0),
+        now=clock.now,
+    )
     factory = SkillFactory(
         journal,
         signals,
@@ -204,6 +223,7 @@ def home_at(
         surveyor,
         distiller,
         withdrawer=Withdrawer(registry, journal, signals),
+        seasoner=seasoner,
         nightly=nightly,
         begin_budget=begin_budget,
         monotonic_s=lambda: clock.seconds,
@@ -215,6 +235,7 @@ def home_at(
         surveyor=surveyor,
         distiller=distiller,
         factory=factory,
+        seasoner=seasoner,
         students=students,
         training=training,
         clock=clock,

@@ -288,6 +288,16 @@ def test_what_cannot_be_learnt_says_so(tmp_path: Path) -> None:
         run(twice.model_copy(update={"tasks": (twice.tasks[0], again)}))
 
 
+def test_a_tasks_pair_spans_what_the_slow_one_does_not(tmp_path: Path) -> None:
+    """Else both together would have the rank of one."""
+    made = text_experiment(tmp_path)
+    with opened(made, tiny_llama(), tokenizer()) as learnt:
+        learnt.take_pair(0, made.tuning.seed)
+        for layer in learnt.nested.layers.values():
+            both = torch.cat([layer.slow.a, layer.fast[0].a]).detach()
+            assert torch.linalg.matrix_rank(both) == len(both)
+
+
 def test_the_loss_is_the_sum_of_its_formulas(tmp_path: Path) -> None:
     made = text_experiment(tmp_path, replay=ReplaySpec(items=8, share=1.0, loss_weight=0.7, distil_weight=0.3))
     assert made.replay is not None

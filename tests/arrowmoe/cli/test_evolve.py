@@ -22,6 +22,7 @@ from evolution.journal import Journal
 from evolution.loopback_teacher import LoopbackTeacher
 from evolution.protocols import Theme
 from evolution.signals import Signal, SignalStore
+from evolution.slow_cards import Expert, Layer, SlowCards
 from evolution.teacher_audit import TeacherAudit
 from evolution.training_job import FineTuning, ModelSpec, TrainingJob
 from registry.store import Registry
@@ -146,6 +147,38 @@ class TestSignals:
         assert left.exists()
         assert "files of 1 jobs" in cli("evolve", "forget", "--files", "--yes").out
         assert not left.exists()
+
+
+class TestSlowCards:
+    @pytest.fixture
+    def labels(self, registry: Registry, journal: Journal) -> list[str]:
+        """Two slow cards, one above the other."""
+        enter_gap(journal, None, state="published")
+        cards, made = SlowCards(registry, journal), []
+        for number, name in enumerate(("first", "second"), 1):
+            entry = registry.publish(small_card(name=cards.name(BASE), version=str(number), base_name=BASE))
+            made.append(f"{entry.name}@{entry.version}")
+            expert = Expert(card=f"blake3:{name}", name=name, job=number)
+            cards.put_on(BASE, Layer(card=entry.digest, label=made[-1], expert=expert))
+        return made
+
+    def test_one_after_another_is_taken_back(self, cli: Cli, labels: list[str], registry: Registry) -> None:
+        below, top = labels
+        done = cli("evolve", "rollback", "--yes", "--json").json
+        assert done == {"base": BASE, "removed": top, "expert": "second", "restored": below}
+        assert [f"{one.name}@{one.version}" for one in registry.list()] == [below]
+        shown = cli("evolve", "rollback", BASE, "--yes").out
+        assert f"removed {below}" in shown
+        assert registry.list() == []
+        assert "expected one base with a slow card, got none" in cli("evolve", "rollback", "--yes").err
+
+    def test_nobody_is_asked_where_nobody_is(self, cli: Cli, labels: list[str]) -> None:
+        assert "expected --yes" in cli("evolve", "rollback").err
+
+    def test_not_while_a_night_is_under_way(self, cli: Cli, labels: list[str], journal: Journal) -> None:
+        journal.enqueue("night-1/consolidate/tiny", "consolidate", BASE, spec={})
+        assert journal.claim() is not None
+        assert "a night is under way" in cli("evolve", "rollback", "--yes").err
 
 
 class TestWhatTheJournalTells:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from evolution.nested_experiment import ConsolidationSpec
 from registry.store import Registry
 from tests.arrowmoe.cli.conftest import Cli
 from tests.arrowmoe.tiny import tokenizer
@@ -61,6 +62,18 @@ def test_cards_come_of_it_with_their_parents(cli: Cli, home: Path, tmp_path: Pat
     assert "has none" in again.err
     less = cli("evolve", "nested", "export", tmp_path / "out", "--name", "fewer", "--json").json
     assert [one["name"] for one in less] == ["fewer", "fewer-words-1", "fewer-all"]
+
+
+def test_the_last_consolidation_can_be_rolled_back(cli: Cli, tmp_path: Path) -> None:
+    path = written(tmp_path, "text", consolidation=ConsolidationSpec(tolerance=None))
+    trained = cli("evolve", "nested", "train", path, "--json").json
+    assert trained["held"] == [None]
+    done = cli("evolve", "nested", "rollback", tmp_path / "out")
+    assert (done.code, "words-1 has a fast LoRA of its own again" in done.out) == (0, True)
+    assert "words-1: its consolidation was rolled back" in cli("evolve", "nested", "show", tmp_path / "out").out
+    assert cli("evolve", "nested", "show", tmp_path / "out", "--json").json["held"] == [1]
+    again = cli("evolve", "nested", "rollback", tmp_path / "out")
+    assert (again.code, "to roll back, got none" in again.err) == (1, True)
 
 
 @pytest.mark.parametrize("verb", ["show", "eval"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from arrowmoe.lora.slots import Slot
 from arrowmoe.routing.gates import Gates
 from registry.card import LoRACard
 from registry.tensor import Role
+from tests.arrowmoe.benches import no_collector
 from tests.peft_models import load_peft, make_peft, outputs, tiny_bert, tiny_llama
 
 COUNT = 4
@@ -65,15 +64,6 @@ def holding(cards: Sequence[LoRACard], adapters: int) -> tuple[torch.nn.Module, 
     for card in cards:
         manager.apply_card(card)
     return model, manager
-
-
-@contextmanager
-def no_collector() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def test_every_adapter_answers_as_peft_does_whoever_had_to_leave(
