@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import make_url
 
 from registry.database import Database
@@ -18,6 +19,10 @@ from tests.registry.databases import KINDS, new_database
 
 # Triton makes its functions for its interpreter or for a device when it is first imported, by whomever.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A loaded machine is no defect.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evolution.errors import EvolutionError
@@ -71,7 +71,6 @@ TEXTS = st.text(alphabet="ab ", max_size=24) | NEARLY
 EXAMPLES = st.lists(st.builds(Example, prompt=TEXTS, answer=st.sampled_from(["x", "y", "", "X."])), max_size=25)
 
 
-@settings(deadline=None)
 @given(EXAMPLES, EXAMPLES)
 def test_the_sieve_loses_nothing_and_agrees_with_the_plain_definition(
     given: list[Example], sealed: list[Example]

@@ -82,7 +82,7 @@ def test_a_rate_of_zero_keeps_only_what_went_wrong(database: Database) -> None:
     assert store.record_all([signal(accepted=True), wrong]) == [None, wrong.id]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kinds=st.lists(st.sampled_from(["ordinary", "abstained", "bad", "ordinary in a gap", "abstained in a gap"])),
     cap=st.integers(0, 6),

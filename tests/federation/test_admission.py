@@ -154,7 +154,7 @@ def test_the_strength_of_a_vector_is_its_greatest_value(role: Role) -> None:
     assert ("m", 200.0) in strengths(card(-200.0, role=role))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(cards())
 def test_strengths_bound_what_a_card_does(one: LoRACard) -> None:
     bounds: dict[str, float] = {}

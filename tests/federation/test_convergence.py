@@ -210,7 +210,6 @@ def test_after_quiescence_all_catalogs_agree(empty_home: Path) -> None:
         settings=settings(
             max_examples=15,
             stateful_step_count=25,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
         ),
     )

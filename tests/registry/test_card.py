@@ -177,7 +177,7 @@ def test_a_digest_covers_all_bytes_also_of_large_data() -> None:
     assert not is_digest(digest_of(data).upper())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(card=cards())
 def test_a_manifest_is_json_with_sorted_keys_that_any_reader_understands(card: LoRACard) -> None:
     fields = json.loads(card.manifest_bytes)

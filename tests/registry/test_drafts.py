@@ -63,7 +63,7 @@ def saved(card: LoRACard, directory: Path) -> bytes:
     return (directory / "reference").read_bytes()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cards(), st.randoms(use_true_random=False), st.integers(1, 100))
 def test_bytes_in_any_order_make_the_card_and_its_file(
     tmp_path: Path, drafts: Drafts, card: LoRACard, random: Random, nbytes: int

@@ -45,7 +45,7 @@ def assert_same(loaded: LoRACard, card: LoRACard) -> None:
         assert bytes(found.data) == bytes(expected.data)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(card=cards())
 def test_any_card_comes_back_bit_for_bit(card: LoRACard) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -74,7 +74,7 @@ def test_concatenation_is_the_weighted_sum_for_every_scaling_rule(first: str, se
     assert of_merge(merged) == {"method": "concat", "weights": [0.7, -1.3], "error": 0.0}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.1, 3) | st.floats(-3, -0.1), min_size=4, max_size=4),

@@ -180,7 +180,7 @@ def test_a_card_that_it_was_not_trained_to_name_is_refused(engine: ArrowEngine, 
     for name in ("w62", "none"):
         with pytest.raises(RoutingError, match=f"trained to name w60, w61, got card '{name}'") as raised:
             router.register_card(Described(digest="new", name=name))
-        assert "extend()" in str(raised.value.hint)
+        assert "router train --kind generative" in str(raised.value.hint)
 
 
 def test_extending_trains_anew_and_names_all_the_cards(engine: ArrowEngine, trained: LoRACard) -> None:

@@ -64,7 +64,7 @@ def test_the_sketch_is_the_best_of_its_rank(rank: int) -> None:
     assert np.linalg.norm(whole - found.sketch.T @ found.sketch) == pytest.approx(np.linalg.norm(left), rel=HALF)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1 << 16),
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=12),
