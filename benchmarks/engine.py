@@ -1,6 +1,6 @@
 """What adapters cost a forward pass: SmolLM2-135M, fp32, 32 rows, against the bare base and PEFT's `adapter_names`.
 
-    python -m benchmarks.engine [--rounds 7]
+    python -m benchmarks.engine [--rounds 7] [--only decode|prefill|experts]
 
 The prices that choose layouts are measured first, as `arrowmoe bench tune` does. Arms take turns within one process; a
 figure is the median of ratios within a round. PEFT holds the same 32 adapters. Last, every token chooses two of the 32
@@ -36,42 +36,49 @@ PREFILL_TOKENS = 32
 CONTEXT_TOKENS = 32
 COUNTS = (1, 4, 16, 32)
 DECODE_BARS = {1: 1.07, 4: 1.08, 16: 1.18, 32: 1.18}
+PREFILL_BARS = {1: 1.10, 32: 1.10}
+PEFT_BARS = {"decode": 2.0, "prefill": 1.0}
 
 Gating = Callable[[], AbstractContextManager[None]]
 
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="of prefill and experts; decode, which is short, has 5 times as many"
+    )
+    parser.add_argument("--only", choices=("decode", "prefill", "experts"))
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
-        run(Path(directory), rounds)
+        run(Path(directory), options.rounds, options.only)
 
 
-def run(directory: Path, rounds: int) -> None:
+def run(directory: Path, rounds: int, only: str | None) -> None:
     """All arms over one set of 32 adapters."""
     base = smollm2()
     paths = write_adapters(base, directory, max(COUNTS))
     samples = measured(base, lambda *progress: None)
     prices = tuning.fit(samples)
     ours, manager, cards = with_cards(base.model, paths, prices)
-    peft = with_peft(base.model, paths)
     vocabulary = base.model.config.vocab_size
     prompt = torch.randint(10, vocabulary, (ROWS, PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
-    check_equal(ours, peft, manager, cards, prompt)
-    decode = interleave(arms(decode_step, base.model, ours, peft, manager, cards, prompt), rounds=rounds)
-    prefill = interleave(arms(forward, base.model, ours, peft, manager, cards, prompt), rounds=rounds)
-    del peft
-    experts, peaks = Experts(base.model, ours, manager, cards, paths, prompt, prices).measure(rounds)
-    report(
-        "engine",
-        "PEFT (adapter_names, Arrow) and the bare base model",
-        [*targets(decode, prefill), *expert_targets(experts, peaks)],
-        figures(decode, prefill)
-        | expert_figures(experts, peaks)
-        | {"prices": asdict(prices) | {"regret": round(tuning.regret(samples, prices), 3)}},
-    )
+    targets: list[Target] = []
+    figures: dict[str, dict[str, float]] = {"prices": asdict(prices) | {"regret": tuning.regret(samples, prices)}}
+    if only != "experts":
+        peft = with_peft(base.model, paths)
+        check_equal(ours, peft, manager, cards, prompt)
+        for name, step, bars, times in (("decode", decode_step, DECODE_BARS, 5), ("prefill", forward, PREFILL_BARS, 1)):
+            if only in (None, name):
+                found = interleave(arms(step, base.model, ours, peft, manager, cards, prompt), rounds=times * rounds)
+                targets += ratio_targets(name, found, bars)
+                figures |= ratio_figures(name, found)
+        del peft
+    if only in (None, "experts"):
+        experts, peaks = Experts(base.model, ours, manager, cards, paths, prompt, prices).measure(rounds)
+        targets += expert_targets(experts, peaks)
+        figures |= expert_figures(experts, peaks)
+    report("engine", "PEFT (adapter_names, Arrow) and the bare base model", targets, figures)
 
 
 def with_cards(
@@ -165,20 +172,19 @@ def names(count: int, rows: int = ROWS) -> list[str]:
     return [f"a{row % count}" for row in range(rows)]
 
 
-def targets(decode: Times, prefill: Times) -> list[Target]:
+def ratio_targets(name: str, times: Times, bars: Mapping[int, float]) -> list[Target]:
     """Against the bare base, and PEFT as the peer."""
-    return [
-        *(
-            Target(
-                name=f"decode, {count} adapters / base", value=decode.ratio(f"ours_{count}", "base"), op="<=", bar=bar
-            )
-            for count, bar in DECODE_BARS.items()
-        ),
-        Target(name="prefill, 1 adapters / base", value=prefill.ratio("ours_1", "base"), op="<=", bar=1.10),
-        Target(name="prefill, 32 adapters / base", value=prefill.ratio("ours_32", "base"), op="<=", bar=1.10),
-        Target(name="decode, 32 adapters: PEFT / ours", value=decode.ratio("peft_32", "ours_32"), op=">=", bar=2.0),
-        Target(name="prefill, 32 adapters: PEFT / ours", value=prefill.ratio("peft_32", "ours_32"), op=">=", bar=1.0),
+    against_base = [
+        Target(name=f"{name}, {count} adapters / base", value=times.ratio(f"ours_{count}", "base"), op="<=", bar=bar)
+        for count, bar in bars.items()
     ]
+    peft = Target(
+        name=f"{name}, 32 adapters: PEFT / ours",
+        value=times.ratio("peft_32", "ours_32"),
+        op=">=",
+        bar=PEFT_BARS[name],
+    )
+    return [*against_base, peft]
 
 
 def expert_targets(times: Times, peaks: Mapping[str, int]) -> list[Target]:
@@ -199,13 +205,11 @@ def expert_figures(times: Times, peaks: Mapping[str, int]) -> dict[str, dict[str
     }
 
 
-def figures(decode: Times, prefill: Times) -> dict[str, dict[str, float]]:
+def ratio_figures(name: str, times: Times) -> dict[str, dict[str, float]]:
     """Milliseconds (median) and ratio to the base of every arm."""
     return {
-        "decode_ms": {arm: round(1000 * decode.median(arm), 1) for arm in decode.seconds},
-        "decode_ratio_to_base": {arm: round(decode.ratio(arm, "base"), 3) for arm in decode.seconds},
-        "prefill_ms": {arm: round(1000 * prefill.median(arm), 1) for arm in prefill.seconds},
-        "prefill_ratio_to_base": {arm: round(prefill.ratio(arm, "base"), 3) for arm in prefill.seconds},
+        f"{name}_ms": {arm: round(1000 * times.median(arm), 1) for arm in times.seconds},
+        f"{name}_ratio_to_base": {arm: round(times.ratio(arm, "base"), 3) for arm in times.seconds},
     }
 
 
