@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,6 +313,15 @@ def test_a_directory_is_loaded_with_its_pooling(tmp_path: Path, encoder: ArrowEn
     assert not any(parameter.requires_grad for parameter in loaded.base.model.parameters())
 
 
+def at_once(work: Callable[[Any], None], arguments: Iterable[Any]) -> None:
+    """`work` on each of `arguments`, in a thread of its own; returns when all have ended."""
+    threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_threads_do_not_mix_their_gates(encoder: ArrowEngine) -> None:
     expected = {name: encoder.encode_with_lora(TEXTS, adapter=name) for name in ("one", "two", None)}
     wrong: list[str | None] = []
@@ -320,11 +331,7 @@ def test_threads_do_not_mix_their_gates(encoder: ArrowEngine) -> None:
             if not np.array_equal(encoder.encode_with_lora(TEXTS, adapter=name), expected[name]):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, expected)
     assert not wrong
 
 
@@ -340,11 +347,7 @@ def test_threads_share_a_budget_for_one_adapter(encoder: ArrowEngine, tmp_path: 
             if not np.allclose(tight.encode_with_lora(TEXTS, adapter=name), expected[name], rtol=1e-4, atol=1e-6):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in expected]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(work, expected)
     assert not wrong
     assert sum(one.uses for one in tight.residences()) == 20
 
